@@ -1,0 +1,6 @@
+"""OverLoCK, a ConvNet backbone for dense prediction, as an OpenMMLab plugin."""
+
+from .models import OverLoCK
+from .version import __version__
+
+__all__ = ['OverLoCK', '__version__']

@@ -1,0 +1,69 @@
+"""Loading pretrained weights into the backbone, or saying why not."""
+
+from mmengine.logging import print_log
+from torch import nn
+
+_WRAPPERS = ('state_dict', 'model', 'state_dict_ema')
+# What an ImageNet classifier holds beside the backbone, and what the dense form
+# adds to it.
+_CLASSIFIER = ('head.', 'aux_head.')
+_DENSE_ONLY = ('extra_norm.', 'h_proj.')
+_SHOWN = 5
+
+
+def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str = '',
+                    map_location: str = 'cpu') -> None:
+    """Load a classifier's or a backbone's weights into ``backbone``.
+
+    Only these may differ: classifier heads may be in the file, and the output norms
+    of the dense form may be absent from it (all of them together). Parts that
+    ``out_indices`` leaves out of the model are passed over.
+
+    Args:
+        backbone: an :class:`OverLoCK`.
+        checkpoint: path or URL of a state dict, bare or under one of the keys
+            ``state_dict``, ``model`` and ``state_dict_ema``.
+        prefix: load the entries whose names start with it, e.g. ``'backbone.'``.
+        map_location: where the tensors of the file go first.
+
+    Raises:
+        RuntimeError: if any other entry is missing, unexpected or of another shape;
+            nothing is loaded then.
+    """
+    # the runner package pulls in OpenCV, which the bare backbone does without
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    state_dict = CheckpointLoader.load_checkpoint(checkpoint, map_location, logger='current')
+    for key in _WRAPPERS:
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+            break
+    prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
+    state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    state_dict = {k: v for k, v in state_dict.items()
+                  if not k.startswith(_CLASSIFIER + backbone.absent_parts())}
+
+    own = backbone.state_dict()
+    fresh = {k for k in own if k.startswith(_DENSE_ONLY)}
+    if not fresh & set(state_dict):
+        own = {k: v for k, v in own.items() if k not in fresh}
+    problems = {
+        'missing from the file': [k for k in own if k not in state_dict],
+        'not in the model': [k for k in state_dict if k not in own],
+        'of another shape': [
+            f'{k} (file {tuple(state_dict[k].shape)}, model {tuple(v.shape)})'
+            for k, v in own.items()
+            if k in state_dict and state_dict[k].shape != v.shape],
+    }
+    if any(problems.values()):
+        lines = [f'{len(v)} entries are {what}: {", ".join(v[:_SHOWN])}'
+                 f'{", ..." if len(v) > _SHOWN else ""}'
+                 for what, v in problems.items() if v]
+        raise RuntimeError(
+            f'{checkpoint} does not hold the weights of this backbone, nothing was '
+            'loaded. ' + '; '.join(lines) + '. Check arch, deploy and context_skip of the '
+            'backbone and the prefix in the file.')
+    backbone.load_state_dict(state_dict, strict=not fresh or fresh <= set(state_dict))
+    print_log(f'Loaded {len(state_dict)} entries from {checkpoint}' + (
+        '' if not fresh or fresh <= set(state_dict) else
+        f'; the {len(fresh)} of the output norms start fresh'), logger='current')

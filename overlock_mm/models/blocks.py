@@ -1,0 +1,172 @@
+"""The two residual blocks of OverLoCK."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d
+from torch import Tensor, nn
+
+from ..ops import contmix
+from .layers import (DilatedReparamBlock, GlobalResponseNorm, LayerScale, ResDWConv,
+                     SqueezeExcite, resize)
+
+# ContMix: the small kernel beside the large one, and the grid of context regions.
+SMALL_KERNEL = 5
+REGIONS = 7
+
+
+class RepConvBlock(nn.Module):
+    """Block of the Base-Net and the Overview-Net: a large static kernel, then an MLP.
+
+    ``(N, C, H, W)`` -> same shape.
+
+    Args:
+        dim: channels.
+        kernel_size: large kernel of the dilated re-parameterised convolution.
+        mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
+        layer_scale: scale the shortcut by a LayerScale.
+        drop_path: stochastic depth rate.
+        deploy: build the deploy form.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, mlp_ratio: int = 4,
+                 layer_scale: bool = False, drop_path: float = 0.0,
+                 deploy: bool = False):
+        super().__init__()
+        hidden = mlp_ratio * dim
+        self.dwconv = ResDWConv(dim)
+        self.proj = nn.Sequential(
+            LayerNorm2d(dim),
+            DilatedReparamBlock(dim, kernel_size, deploy),
+            nn.BatchNorm2d(dim),
+            SqueezeExcite(dim),
+            nn.Conv2d(dim, hidden, 1),
+            nn.GELU(),
+            ResDWConv(hidden),
+            GlobalResponseNorm(hidden),
+            nn.Conv2d(hidden, dim, 1),
+            DropPath(drop_path),
+        )
+        self.ls = LayerScale(dim) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(x)
+        return self.ls(x) + self.proj(x)
+
+
+class DynamicConvBlock(nn.Module):
+    """Block of the Focus-Net: ContMix guided by the Overview-Net's context.
+
+    Args:
+        dim: channels C of the feature map.
+        context_dim: channels Cc of the context.
+        kernel_size: large kernel K of ContMix and of the static branch beside it.
+        num_heads: heads of each of ContMix's two kernels are ``2 * num_heads``.
+        mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
+        is_first: first block of the Focus-Net, whose running context is the initial
+            context itself.
+        is_last: last block of the Focus-Net, which returns both parts joined.
+        drop_path: stochastic depth rate.
+        deploy: build the deploy form.
+    """
+
+    def __init__(self, dim: int, context_dim: int, kernel_size: int, num_heads: int,
+                 mlp_ratio: int = 3, is_first: bool = False, is_last: bool = False,
+                 drop_path: float = 0.0, deploy: bool = False):
+        super().__init__()
+        joint, hidden = dim + context_dim, mlp_ratio * dim
+        self.split = (dim, context_dim)
+        self.is_last = is_last
+        self.kernel_sizes = (SMALL_KERNEL, kernel_size)
+        self.num_heads = 2 * num_heads
+
+        if not is_first:
+            self.x_scale = LayerScale(context_dim)
+            self.h_scale = LayerScale(context_dim)
+        self.is_first = is_first
+        self.dwconv1 = ResDWConv(joint)
+        self.norm1 = LayerNorm2d(joint)
+        self.fusion = nn.Sequential(
+            nn.Conv2d(joint, joint, 3, padding=1, groups=joint),
+            nn.BatchNorm2d(joint),
+            nn.GELU(),
+            nn.Conv2d(joint, dim, 1),
+            GlobalResponseNorm(dim),
+        )
+        self.weight_query = _conv_bn(dim, dim // 2)
+        self.weight_key = nn.Sequential(
+            nn.AdaptiveAvgPool2d(REGIONS), *_conv_bn(context_dim, dim // 2))
+        self.weight_proj = nn.Conv2d(
+            REGIONS**2, sum(k * k for k in self.kernel_sizes), 1)
+        self.rpb1, self.rpb2 = (
+            nn.Parameter(torch.zeros(self.num_heads, 2 * k - 1, 2 * k - 1))
+            for k in self.kernel_sizes)
+        self.dyconv_proj = _conv_bn(dim, dim)
+        self.lepe = nn.Sequential(
+            DilatedReparamBlock(dim, kernel_size, deploy), nn.BatchNorm2d(dim))
+        self.se_layer = SqueezeExcite(dim)
+        self.gate = nn.Sequential(*_conv_bn(dim, dim), nn.SiLU())
+        self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, joint, 1))
+
+        self.dwconv2 = ResDWConv(joint)
+        self.norm2 = LayerNorm2d(joint)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(joint, hidden, 1),
+            nn.GELU(),
+            ResDWConv(hidden),
+            GlobalResponseNorm(hidden),
+            nn.Conv2d(hidden, joint, 1),
+        )
+        self.ls1 = LayerScale(joint)
+        self.ls2 = LayerScale(joint)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, context: Tensor,
+                initial_context: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        """Run the block.
+
+        Args:
+            x: feature map, ``(N, C, H, W)``.
+            context: running context, ``(N, Cc, H, W)``.
+            initial_context: the Overview-Net's context, ``(N, Cc, H, W)``.
+
+        Returns:
+            The new ``(x, context)``, or, from the last block, both joined on
+            channels, ``(N, C + Cc, H, W)``.
+        """
+        if not self.is_first:
+            context = self.x_scale(context) + self.h_scale(initial_context)
+        joint = self.dwconv1(torch.cat((x, context), dim=1))
+        joint = self.ls1(joint) + self.drop_path(self._mix(self.norm1(joint)))
+        joint = self.dwconv2(joint)
+        joint = self.ls2(joint) + self.drop_path(self.mlp(self.norm2(joint)))
+        return joint if self.is_last else joint.split(self.split, dim=1)
+
+    def _mix(self, joint: Tensor) -> Tensor:
+        """Gated sum of dynamic (ContMix) and static (lepe) large-kernel mixing."""
+        value = self.fusion(joint)
+        mixed = self.dyconv_proj(self._contmix(joint, value)) + self.lepe(value)
+        return self.proj(self.gate(value) * self.se_layer(mixed))
+
+    def _contmix(self, joint: Tensor, value: Tensor) -> Tensor:
+        size, large = value.shape[-2:], self.kernel_sizes[-1]
+        enlarged = min(size) < large
+        if enlarged:
+            # bring the short side to the kernel size, the long side in proportion
+            grown = [large if s == min(size) else int(large / min(size) * s)
+                     for s in size]
+            joint, value = resize(joint, grown), resize(value, grown)
+        x, context = joint.split(self.split, dim=1)
+        head_dim = self.split[0] // self.num_heads
+        query = self.weight_query(x) * head_dim**-0.5
+        key = self.weight_key(context).flatten(2)
+        out = contmix(
+            query.unflatten(1, (self.num_heads, -1)),
+            key.unflatten(1, (self.num_heads, -1)), value,
+            self.weight_proj.weight.flatten(1), self.weight_proj.bias,
+            (self.rpb1, self.rpb2), self.kernel_sizes)
+        return F.adaptive_avg_pool2d(out, size) if enlarged else out
+
+
+def _conv_bn(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim))

@@ -1,0 +1,370 @@
+"""The OverLoCK backbone (https://arxiv.org/abs/2502.20087)."""
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit, update_init_info
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d, trunc_normal_
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint import load_pretrained
+from .blocks import DynamicConvBlock, RepConvBlock
+from .layers import DilatedReparamBlock, LayerScale, resize
+
+_ARCH_FIELDS = dict(depths=4, focus_depths=2, embed_dims=4, kernel_sizes=4, focus_heads=2)
+_MIN_SIDE = 32
+# The parts that only the map of this index and later ones need.
+_PARTS_FROM = {
+    1: ('patch_embed2', 'blocks2'),
+    2: ('patch_embed3', 'blocks3', 'patch_embed4', 'blocks4', 'high_level_proj',
+        'sub_blocks3'),
+    3: ('patch_embedx', 'sub_blocks4'),
+}
+
+
+@MODELS.register_module()
+class OverLoCK(BaseModule):
+    """OverLoCK, in the form that dense prediction uses: four multi-scale maps.
+
+    A Base-Net (stages 1 to 3) encodes the image. The Overview-Net (stage 4) takes
+    a quick look on from stage 3, and what it sees, the context, is handed to the
+    Focus-Net, which goes over stage 3's map again with dynamic kernels guided by
+    that context (ContMix). The paper is
+    `OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing
+    Dynamic Kernels <https://arxiv.org/abs/2502.20087>`_.
+
+    Where an argument takes stage numbers, 0 to 2 are stages 1 to 3 of the Base-Net
+    (0 with the stem), 3 is the Overview-Net, and 4 the Focus-Net.
+
+    Args:
+        arch (str | dict): 'xt', 't', 's' or 'b' (long names: 'extreme-tiny',
+            'tiny', 'small', 'base'), or a dict with the fields of an entry of
+            ``arch_settings``.
+        in_channels (int): channels of the image. Defaults to 3.
+        out_indices (Sequence[int]): which of the four maps (strides 4, 8, 16, 32)
+            to return, in increasing order. What a map that is not asked for would
+            need is neither built nor run. Defaults to (0, 1, 2, 3).
+        context_skip (bool): add the Overview-Net's context to the last map, as the
+            released detection models do; the segmentation models do not. Defaults
+            to False.
+        drop_path_rate (float): stochastic depth rate of the last block; it grows
+            linearly from 0 over the blocks. Defaults to 0.
+        frozen_stages (int): freeze (no gradient, evaluation mode) every stage up to
+            this number; -1 freezes nothing. The norm before stage 3 freezes with
+            it, the other output norms and all that joins the parts with 4, which
+            freezes the whole backbone. Defaults to -1.
+        norm_eval (bool): keep batch norms in evaluation mode while training, so
+            that they use their running statistics and leave them as they are.
+            Defaults to False.
+        with_cp (bool | Sequence[int]): recompute activations in the backward pass
+            to save memory, in all stages or in those listed. Outputs, gradients and
+            running statistics stay the same. Defaults to False.
+        deploy (bool): build the deploy form, in which every large kernel is one
+            convolution. Defaults to False.
+        init_cfg (dict | list[dict], optional): initialisation config. Loading
+            (``type='Pretrained'``) fails if anything but classifier heads and the
+            output norms of the dense form differs. Defaults to None.
+
+    Attributes:
+        out_channels (tuple[int]): channels of the returned maps.
+        out_strides (tuple[int]): strides of the returned maps.
+
+    Examples:
+        >>> backbone = OverLoCK('xt').eval()
+        >>> [tuple(m.shape) for m in backbone(torch.rand(1, 3, 64, 96))]
+        [(1, 56, 16, 24), (1, 112, 8, 12), (1, 340, 4, 6), (1, 420, 2, 3)]
+        >>> backbone.out_channels == OverLoCK.channels_of('xt')
+        True
+    """
+
+    arch_settings = {
+        **dict.fromkeys(['xt', 'extreme-tiny'], dict(
+            depths=(2, 2, 3, 2), focus_depths=(6, 2), embed_dims=(56, 112, 256, 336),
+            kernel_sizes=(17, 15, 13, 7), focus_heads=(4, 6))),
+        **dict.fromkeys(['t', 'tiny'], dict(
+            depths=(4, 4, 6, 2), focus_depths=(12, 2), embed_dims=(64, 128, 256, 512),
+            kernel_sizes=(17, 15, 13, 7), focus_heads=(4, 8))),
+        **dict.fromkeys(['s', 'small'], dict(
+            depths=(6, 6, 8, 3), focus_depths=(16, 3), embed_dims=(64, 128, 320, 512),
+            kernel_sizes=(17, 15, 13, 7), focus_heads=(8, 16))),
+        **dict.fromkeys(['b', 'base'], dict(
+            depths=(8, 8, 10, 4), focus_depths=(20, 4), embed_dims=(80, 160, 384, 576),
+            kernel_sizes=(17, 15, 13, 7), focus_heads=(6, 9))),
+    }  # yapf: disable
+    strides = (4, 8, 16, 32)
+
+    @classmethod
+    def channels_of(cls, arch: str | dict) -> tuple[int, int, int, int]:
+        """Channels of the four maps (of strides ``OverLoCK.strides``) of ``arch``."""
+        dims = cls._settings(arch)['embed_dims']
+        context_dim = dims[3] // 4
+        return dims[0], dims[1], dims[2] + context_dim, dims[3] + context_dim
+
+    def __init__(self, arch='t', in_channels=3, out_indices=(0, 1, 2, 3),
+                 context_skip=False, drop_path_rate=0.0, frozen_stages=-1,
+                 norm_eval=False, with_cp=False, deploy=False, init_cfg=None):
+        super().__init__(init_cfg)
+        settings = self._settings(arch)
+        dims, kernels = settings['embed_dims'], settings['kernel_sizes']
+        depths, focus_depths = settings['depths'], settings['focus_depths']
+        heads, context_dim = settings['focus_heads'], dims[3] // 4
+        channels = self.channels_of(arch)
+        out_indices = tuple(out_indices)
+        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
+            raise ValueError(f'out_indices={out_indices} must be increasing and within '
+                             '0..3, for instance (0, 1, 2, 3)')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate} must be in [0, 1)')
+        if frozen_stages not in range(-1, 5):
+            raise ValueError(f'frozen_stages={frozen_stages} must be within -1..4')
+        if isinstance(with_cp, bool):
+            with_cp = range(5) if with_cp else ()
+        if not set(with_cp) <= set(range(5)):
+            raise ValueError(f'with_cp={with_cp} must be True, False or stages of 0..4')
+        self.in_channels = in_channels
+        self.out_indices = out_indices
+        self.out_channels = tuple(channels[i] for i in out_indices)
+        self.out_strides = tuple(self.strides[i] for i in out_indices)
+        self.context_skip = context_skip
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = tuple(with_cp)
+        self.deploy = deploy
+        deepest = out_indices[-1]
+
+        blocks = sum(depths) + sum(focus_depths)
+        rates = (drop_path_rate * i / (blocks - 1) for i in range(blocks))
+
+        def stage(i):
+            return nn.ModuleList(
+                RepConvBlock(dims[i], kernels[i], layer_scale=i >= 2,
+                             drop_path=next(rates), deploy=deploy)
+                for _ in range(depths[i]))
+
+        def focus_stage(i):
+            return nn.ModuleList(
+                DynamicConvBlock(dims[i + 2], context_dim, kernels[i + 2], heads[i],
+                                 is_first=i == 0 and j == 0,
+                                 is_last=i == 1 and j == focus_depths[1] - 1,
+                                 drop_path=next(rates), deploy=deploy)
+                for j in range(focus_depths[i]))
+
+        # Base-Net
+        self.patch_embed1 = _stem(in_channels, dims[0])
+        self.blocks1 = stage(0)
+        if deepest >= 1:
+            self.patch_embed2 = _downsample(dims[0], dims[1])
+            self.blocks2 = stage(1)
+        if deepest >= 2:
+            self.patch_embed3 = _downsample(dims[1], dims[2])
+            self.blocks3 = stage(2)
+            # Overview-Net
+            self.patch_embed4 = _downsample(dims[2], dims[3])
+            self.blocks4 = stage(3)
+            # Focus-Net
+            self.high_level_proj = nn.Conv2d(dims[3], context_dim, 1)
+            self.sub_blocks3 = focus_stage(0)
+        if deepest == 3:
+            self.patch_embedx = nn.ModuleDict(dict(
+                x_proj=_downsample(dims[2], dims[3]),
+                h_proj=_downsample(context_dim, context_dim)))
+            self.sub_blocks4 = focus_stage(1)
+
+        # Output norms. Stage 3 reads the normed second map.
+        needed = {*out_indices, *((1,) if deepest >= 2 else ())}
+        self.extra_norm = nn.ModuleList(
+            LayerNorm2d(c) if i in needed else nn.Identity()
+            for i, c in enumerate(channels))
+        if context_skip and deepest == 3:
+            self.extra_norm.append(LayerNorm2d(dims[3]))
+            self.h_proj = nn.Sequential(
+                nn.Conv2d(dims[3], channels[3], 1), LayerScale(channels[3], 1e-5))
+
+        self.apply(_init_weights)
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the maps.
+
+        Args:
+            x: images, ``(N, in_channels, H, W)``, both sides at least 32.
+
+        Returns:
+            The maps of ``out_indices``; the one of stride s has the shape
+            ``(N, channels, ceil(H / s), ceil(W / s))`` and the dtype of ``x``.
+
+        Raises:
+            ValueError: if ``x`` has another number of dimensions or channels, or
+                is too small.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < _MIN_SIDE:
+            raise ValueError(
+                f'OverLoCK takes images (N, {self.in_channels}, H, W) with H and W at '
+                f'least {_MIN_SIDE}, got {tuple(x.shape)}; resize or pad the images, or '
+                'set in_channels')
+        deepest, maps = self.out_indices[-1], {}
+
+        x = self._base_stage(0, self.patch_embed1(x))
+        maps[0] = self.extra_norm[0](x)
+        if deepest >= 1:
+            x = self._base_stage(1, self.patch_embed2(x))
+            maps[1] = self.extra_norm[1](x)
+        if deepest >= 2:
+            x = self._base_stage(2, self.patch_embed3(maps[1]))
+            overview = self._base_stage(3, self.patch_embed4(x))
+            initial = self.high_level_proj(overview)
+            x, context = self._focus_stage(
+                self.sub_blocks3, x, resize(initial, x.shape[2:]))
+            maps[2] = self.extra_norm[2](torch.cat((x, context), dim=1))
+        if deepest == 3:
+            x = self.patch_embedx['x_proj'](x)
+            context = self.patch_embedx['h_proj'](context)
+            x = self._focus_stage(self.sub_blocks4, x, initial, context)
+            maps[3] = self.extra_norm[3](x)
+            if self.context_skip:
+                maps[3] = maps[3] + self.h_proj(self.extra_norm[4](overview))
+        return tuple(maps[i] for i in self.out_indices)
+
+    def _base_stage(self, stage: int, x: Tensor) -> Tensor:
+        for block in getattr(self, f'blocks{stage + 1}'):
+            x = self._run(stage, block, x)
+        return x
+
+    def _focus_stage(self, blocks, x, initial_context, context=None):
+        """Thread (x, context) through the blocks; the context starts as the initial."""
+        state = (x, initial_context if context is None else context)
+        for block in blocks:
+            state = self._run(4, block, *state, initial_context)
+        return state
+
+    def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
+        if stage in self.with_cp and torch.is_grad_enabled():
+            return checkpoint(
+                block, *inputs, use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _statistics_kept(block)))
+        return block(*inputs)
+
+    def switch_to_deploy(self) -> None:
+        """Merge the dilated branches of every large kernel, in place.
+
+        The state dict is then that of ``OverLoCK(..., deploy=True)``; in evaluation
+        mode outputs do not change. The merged model can be fine-tuned, but not
+        turned back.
+        """
+        for module in self.modules():
+            if isinstance(module, DilatedReparamBlock):
+                module.switch_to_deploy()
+        self.deploy = True
+        self._freeze_stages()
+
+    def init_weights(self) -> None:
+        """Initialise as ``init_cfg`` says; pretrained weights load or raise.
+
+        Raises:
+            RuntimeError: if the checkpoint of ``init_cfg`` is not of this backbone.
+        """
+        cfgs = self.init_cfg or []
+        cfgs = [cfgs] if isinstance(cfgs, dict) else list(cfgs)
+        pretrained = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
+        init_cfg = self.init_cfg
+        self.init_cfg = [c for c in cfgs if c not in pretrained] or None
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in pretrained:
+            load_pretrained(self, **{k: v for k, v in cfg.items() if k != 'type'})
+            if hasattr(self, '_params_init_info'):
+                update_init_info(self, f'Pretrained: load from {cfg["checkpoint"]}')
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages == 4:
+            frozen = list(self.children())
+        else:
+            frozen = [getattr(self, f'{name}{i + 1}', None)
+                      for i in range(self.frozen_stages + 1)
+                      for name in ('patch_embed', 'blocks')]
+            if self.frozen_stages >= 2:
+                frozen.append(self.extra_norm[1])
+        for module in frozen:
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    def absent_parts(self) -> tuple[str, ...]:
+        """Prefixes of the state-dict entries that ``out_indices`` leaves out."""
+        deepest = self.out_indices[-1]
+        parts = [part for depth, names in _PARTS_FROM.items() if depth > deepest
+                 for part in names]
+        parts += [f'extra_norm.{i}' for i, norm in enumerate(self.extra_norm)
+                  if isinstance(norm, nn.Identity)]
+        if self.context_skip and deepest < 3:
+            parts += ['extra_norm.4', 'h_proj']
+        return tuple(f'{part}.' for part in parts)
+
+    @classmethod
+    def _settings(cls, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            if arch not in cls.arch_settings:
+                raise ValueError(f'arch={arch!r} is none of {sorted(cls.arch_settings)}; '
+                                 f'or give a dict with {sorted(_ARCH_FIELDS)}')
+            return cls.arch_settings[arch]
+        given = {k: len(v) for k, v in arch.items()}
+        if given != _ARCH_FIELDS:
+            raise ValueError(f'an arch dict needs exactly these fields and lengths: '
+                             f'{_ARCH_FIELDS}, got {given}')
+        dims, heads = arch['embed_dims'], arch['focus_heads']
+        if dims[0] % 2 or dims[3] % 4 or any(d % (4 * h) for d, h in zip(dims[2:], heads)):
+            raise ValueError(
+                f'embed_dims={tuple(dims)} must be even in stage 1, a multiple of 4 in '
+                'stage 4, and of 4 * focus_heads in stages 3 and 4, with focus_heads='
+                f'{tuple(heads)}')
+        return {k: tuple(v) for k, v in arch.items()}
+
+
+def _stem(in_channels: int, dim: int) -> nn.Sequential:
+    conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+    half = dim // 2
+    return nn.Sequential(
+        conv(in_channels, half, stride=2), nn.BatchNorm2d(half), nn.GELU(),
+        conv(half, half), nn.BatchNorm2d(half), nn.GELU(),
+        conv(half, dim, stride=2), nn.BatchNorm2d(dim), nn.GELU(),
+        conv(dim, dim), nn.BatchNorm2d(dim))
+
+
+def _downsample(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(out_dim))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module):
+    """Keep a recomputation from updating running statistics a second time."""
+    norms = [m for m in module.modules()
+             if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,3 @@
+from .contmix import contmix
+
+__all__ = ['contmix']

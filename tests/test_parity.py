@@ -1,0 +1,130 @@
+"""The backbone reproduces what the released code computes (see parity/README.md)."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity.fill import parity_image, parity_probe, parity_value
+
+from overlock_mm import OverLoCK
+
+CASES = Path(__file__).parent / 'parity'
+MANIFEST = json.loads((CASES / 'manifest.json').read_text())
+
+
+def build(task, arch, deploy=False, **kwargs):
+    return OverLoCK(arch, context_skip=task == 'det', deploy=deploy, **kwargs)
+
+
+def filled(model, dtype=torch.float64):
+    """Give every entry the value that its name stands for."""
+    state = {k: torch.from_numpy(np.asarray(parity_value(k, v.shape)))
+             for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    return model.to(dtype)
+
+
+def relative_error(ours, theirs):
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def probed(tensor, count=4096):
+    flat = tensor.detach().double().flatten().numpy()
+    return flat[parity_probe(flat.size, count)]
+
+
+def run_case(path, dtype):
+    task, arch, size, mode = path.stem.split('_')
+    model = filled(build(task, arch), dtype).train(mode == 'train')
+    image = torch.from_numpy(parity_image((int(size.split('x')[0]), 3, *map(
+        int, size.split('x')[1:])))).to(dtype)
+    return model, image, np.load(path)
+
+
+def check_outputs(outputs, case, tolerance):
+    assert len(outputs) == 4
+    for i, out in enumerate(outputs):
+        assert out.shape == tuple(case[f'out{i}.shape'])
+        assert relative_error(probed(out), case[f'out{i}.values']) < tolerance
+        assert out.abs().mean().item() == pytest.approx(
+            case[f'out{i}.absmean'].item(), rel=tolerance)
+
+
+def case_id(path):
+    return path.stem
+
+
+@pytest.mark.parametrize('path', sorted(CASES.glob('*_eval.npz')), ids=case_id)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-5), (torch.float32, 1e-3)],
+                         ids=['float64', 'float32'])
+def test_eval_outputs(path, dtype, tolerance):
+    model, image, case = run_case(path, dtype)
+    with torch.no_grad():
+        check_outputs(model(image), case, tolerance)
+
+
+@pytest.mark.parametrize('path', sorted(CASES.glob('*_train.npz')), ids=case_id)
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-5), (torch.float32, 1e-3)],
+                         ids=['float64', 'float32'])
+def test_training_step(path, dtype, tolerance):
+    model, image, case = run_case(path, dtype)
+    outputs = model(image)
+    check_outputs(outputs, case, tolerance)
+    loss = sum(
+        (out * torch.from_numpy(np.random.RandomState(100 + i).standard_normal(
+            out.shape)).to(dtype)).sum() / out.numel()**0.5
+        for i, out in enumerate(outputs))
+    assert loss.item() == pytest.approx(case['loss'].item(), rel=tolerance)
+    loss.backward()
+
+    params = dict(model.named_parameters())
+    assert set(case['grad.names']) == set(params)
+    ours = {n: probed(p.grad, 8) for n, p in params.items()}
+    theirs = {n: v[:ours[n].size] for n, v in zip(case['grad.names'], case['grad.values'])}
+    norms = dict(zip(case['grad.names'], case['grad.norms']))
+    largest = max(norms.values())
+    for name, grad in ours.items():
+        # a bias before a batch norm has no gradient but rounding
+        noise = largest * (1e-12 if dtype == torch.float64 else 1e-5)
+        np.testing.assert_allclose(params[name].grad.norm().item(), norms[name],
+                                   rtol=10 * tolerance, atol=noise, err_msg=name)
+        error = np.linalg.norm(grad - theirs[name])
+        assert error <= 10 * tolerance * np.linalg.norm(theirs[name]) + noise, name
+
+    buffers = dict(model.named_buffers())
+    for name, value in zip(case['buf.names'], case['buf.absmean']):
+        assert buffers[name].abs().mean().item() == pytest.approx(value, rel=tolerance), name
+
+
+def listing(entries):
+    lines = sorted(f'{name} ({", ".join(map(str, shape))}{"," * (len(shape) == 1)})'
+                   for name, shape in entries.items())
+    return len(lines), hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
+
+@pytest.mark.parametrize('key', MANIFEST)
+def test_state_dict_names_and_shapes(key):
+    task, arch, form = key.split('_')
+    with torch.device('meta'):
+        model = build(task, arch, deploy=form == 'deploy')
+    entries = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    params = sum(p.numel() for p in model.parameters())
+    if task == 'cls':  # the backbone, without the dense norms, with the two heads
+        params -= sum(p.numel() for p in model.extra_norm.parameters())
+        entries = {k: v for k, v in entries.items() if not k.startswith('extra_norm.')}
+        dims = OverLoCK.arch_settings[arch]['embed_dims'][3]
+        joint = OverLoCK.channels_of(arch)[3]
+        heads = {'head.0.weight': (1024, joint, 1, 1), 'head.4.weight': (1000, 1024, 1, 1),
+                 'head.4.bias': (1000,), 'aux_head.2.weight': (1000, dims, 1, 1),
+                 'aux_head.2.bias': (1000,)}
+        for norm, width in (('head.1', 1024), ('aux_head.0', dims)):
+            heads.update({f'{norm}.weight': (width,), f'{norm}.bias': (width,)})
+            entries.update({f'{norm}.running_mean': (width,), f'{norm}.running_var': (width,),
+                            f'{norm}.num_batches_tracked': ()})
+        params += sum(int(np.prod(v)) for v in heads.values())
+        entries.update(heads)
+    assert listing(entries) == (MANIFEST[key]['entries'], MANIFEST[key]['sha256'])
+    assert params == MANIFEST[key]['parameters']
