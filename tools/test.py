@@ -1,0 +1,77 @@
+"""Evaluate a checkpoint of a detector or segmentor."""
+
+import argparse
+import os
+
+from overlock_mm import cli
+
+
+def parse_args():
+    cli.require_toolbox_packages('mmengine')
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', help='save predictions: a .pkl file from a detector, a '
+                        'folder of label maps from a segmentor')
+    parser.add_argument('--show-dir', help='save pictures of the predictions in this folder')
+    parser.add_argument('--tta', action='store_true',
+                        help='test-time augmentation: several scales, and flipped (boxes '
+                        'only for detectors)')
+    cli.add_shared_arguments(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = cli.load_config(args)
+    cli.check_file(args.checkpoint, 'checkpoint')
+    cli.check_dataset(cfg, 'test_dataloader')
+    detection = cfg.default_scope == 'mmdet'
+
+    from mmengine.runner import Runner
+
+    cfg.load_from = args.checkpoint
+    cfg.model.backbone.init_cfg = None
+    if args.show_dir:
+        show_dir = os.path.abspath(args.show_dir)
+        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        if detection:
+            cfg.default_hooks.visualization.test_out_dir = show_dir
+        else:
+            cfg.visualizer.save_dir = show_dir
+    if args.out and not detection:
+        cfg.test_evaluator.output_dir = args.out
+    if args.tta:
+        use_test_time_augmentation(cfg)
+    runner = Runner.from_cfg(cfg)
+    if args.out and detection:
+        from mmdet.evaluation import DumpDetResults
+
+        if not args.out.endswith(('.pkl', '.pickle')):
+            raise cli.UserError(f'--out {args.out} must end in .pkl for a detector')
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+def use_test_time_augmentation(cfg):
+    """Wrap the model and replace the test pipeline, as the config's tta_* entries say."""
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise cli.UserError('--tta needs tta_model and tta_pipeline in the config; see '
+                            'configs/_base_')
+    roi_head = cfg.model.get('roi_head') or {}
+    if roi_head.get('mask_head'):
+        print('MMDetection cannot merge the masks of augmented images: with --tta, boxes '
+              'are predicted and evaluated, masks are left out.')
+        roi_head.update(mask_head=None, mask_roi_extractor=None)
+        cfg.test_evaluator.metric = 'bbox'
+    cfg.tta_model.module = cfg.model
+    cfg.model = cfg.tta_model
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+if __name__ == '__main__':
+    with cli.plain_errors():
+        main()

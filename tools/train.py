@@ -1,0 +1,60 @@
+"""Train a detector or segmentor from a config."""
+
+import argparse
+
+from overlock_mm import cli
+
+
+def parse_args():
+    cli.require_toolbox_packages('mmengine')
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='PATH',
+                        help='go on from PATH or, without it, from the latest checkpoint in '
+                        'the work dir')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the number of GPUs and images')
+    parser.add_argument('--no-pretrained', action='store_true',
+                        help='start from random weights')
+    cli.add_shared_arguments(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = cli.load_config(args)
+
+    import torch
+    from mmengine.runner import Runner, find_latest_checkpoint
+
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise cli.UserError('--amp needs a GPU, and torch sees none; leave it out')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+            raise cli.UserError(f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
+                                f'{args.config}: the batch size that its rates are for')
+        cfg.auto_scale_lr.enable = True
+    checkpoint = args.resume
+    if args.resume:
+        if args.resume == 'auto':
+            checkpoint = find_latest_checkpoint(cfg.work_dir)
+        else:
+            cli.check_file(args.resume, 'checkpoint')
+            cfg.load_from = args.resume
+        cfg.resume = True
+    if args.no_pretrained or checkpoint:
+        # all weights come from the checkpoint to resume, or from nowhere
+        cfg.model.backbone.init_cfg = None
+    loaders = ['train_dataloader', 'val_dataloader']
+    cli.check_dataset(cfg, *loaders)
+
+    Runner.from_cfg(cfg).train()
+
+
+if __name__ == '__main__':
+    with cli.plain_errors():
+        main()
