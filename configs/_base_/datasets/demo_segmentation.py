@@ -2,8 +2,11 @@
 data_root = 'data/demo/'
 data_source = 'demo data: run python tools/make_demo_data.py'
 metainfo = dict(
-    classes=('background', ),
-    palette=[[0, 0, 0]])
+    classes=('background', 'burts_bees_baby_wipes', 'fiskars_scissors', 'hanes_socks',
+             'ice_cube_tray', 'irish_spring_soap', 'laugh_out_loud_jokes',
+             'measuring_spoons', 'mouse_traps', 'person'),
+    palette=[(32, 32, 32), (255, 225, 25), (240, 50, 230), (230, 25, 75), (70, 240, 240),
+             (60, 180, 75), (245, 130, 48), (200, 170, 255), (170, 110, 40), (0, 130, 200)])
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),

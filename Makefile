@@ -1,0 +1,26 @@
+# make demo, make demo-detection, make test: each sets everything up first.
+PYTHON ?= python3
+VENV := .venv/bin/python
+
+.PHONY: setup demo demo-detection test format clean
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup
+	@$(VENV) tools/run_demo.py segmentation
+
+demo-detection: setup
+	@$(VENV) tools/run_demo.py detection
+
+test: setup
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m pytest
+
+format: setup
+	$(VENV) -m ruff check --fix .
+	$(VENV) -m ruff format .
+
+clean:
+	rm -rf .venv data/demo work_dirs/demo_segmentation work_dirs/demo_detection
