@@ -1,6 +1,8 @@
 # make demo, make demo-detection, make test: each sets everything up first.
 PYTHON ?= python3
 VENV := .venv/bin/python
+# On a shared machine OpenMP's threads lose whole time slices spinning at barriers.
+export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: setup demo demo-detection test format clean
 

@@ -1,0 +1,22 @@
+"""Small inputs that several test files share."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def demo_data(tmp_path_factory):
+    """A small demo data set: (a folder to run in, with data/demo below it)."""
+    from overlock_mm.demo_data import make_demo_data
+    folder = tmp_path_factory.mktemp('demo')
+    make_demo_data(folder / 'data' / 'demo', train=6, val=2, size=96)
+    return folder
+
+
+def tool(name):
+    """The command line of a tool, to extend with its arguments."""
+    return [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / name)]
