@@ -22,9 +22,17 @@ setup(
     # left to the user, because its ops must be compiled against the installed torch.
     extras_require={
         'onedl': [
-            'onedl-mmengine>=0.10.12', 'onedl-mmdetection>=3.5.1', 'onedl-mmsegmentation>=1.4.2'
+            'onedl-mmengine>=0.10.12',
+            'onedl-mmdetection>=3.5.1',
+            'onedl-mmsegmentation>=1.4.2',
         ],
-        'openmmlab': ['mmengine>=0.10', 'mmdet>=3.3', 'mmsegmentation>=1.2', 'ftfy', 'regex'],
+        'openmmlab': [
+            'mmengine>=0.10',
+            'mmdet>=3.3',
+            'mmsegmentation>=1.2',
+            'ftfy',
+            'regex',
+        ],
         'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools'],
         'test': ['pytest>=8', 'ruff'],
     },

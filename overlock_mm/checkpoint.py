@@ -11,8 +11,9 @@ _DENSE_ONLY = ('extra_norm.', 'h_proj.')
 _SHOWN = 5
 
 
-def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str = '',
-                    map_location: str = 'cpu') -> None:
+def load_pretrained(
+    backbone: nn.Module, checkpoint: str, prefix: str = '', map_location: str = 'cpu'
+) -> None:
     """Load a classifier's or a backbone's weights into ``backbone``.
 
     Only these may differ: classifier heads may be in the file, and the output norms
@@ -33,15 +34,22 @@ def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str = '',
     # the runner package pulls in OpenCV, which the bare backbone does without
     from mmengine.runner.checkpoint import CheckpointLoader
 
-    state_dict = CheckpointLoader.load_checkpoint(checkpoint, map_location, logger='current')
+    state_dict = CheckpointLoader.load_checkpoint(
+        checkpoint, map_location, logger='current'
+    )
     for key in _WRAPPERS:
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
             break
     prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
-    state_dict = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-    state_dict = {k: v for k, v in state_dict.items()
-                  if not k.startswith(_CLASSIFIER + backbone.absent_parts())}
+    state_dict = {
+        k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)
+    }
+    state_dict = {
+        k: v
+        for k, v in state_dict.items()
+        if not k.startswith(_CLASSIFIER + backbone.absent_parts())
+    }
 
     own = backbone.state_dict()
     fresh = {k for k in own if k.startswith(_DENSE_ONLY)}
@@ -53,17 +61,28 @@ def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str = '',
         'of another shape': [
             f'{k} (file {tuple(state_dict[k].shape)}, model {tuple(v.shape)})'
             for k, v in own.items()
-            if k in state_dict and state_dict[k].shape != v.shape],
+            if k in state_dict and state_dict[k].shape != v.shape
+        ],
     }
     if any(problems.values()):
-        lines = [f'{len(v)} entries are {what}: {", ".join(v[:_SHOWN])}'
-                 f'{", ..." if len(v) > _SHOWN else ""}'
-                 for what, v in problems.items() if v]
+        lines = [
+            f'{len(v)} entries are {what}: {", ".join(v[:_SHOWN])}'
+            f'{", ..." if len(v) > _SHOWN else ""}'
+            for what, v in problems.items()
+            if v
+        ]
         raise RuntimeError(
             f'{checkpoint} does not hold the weights of this backbone, nothing was '
             'loaded. ' + '; '.join(lines) + '. Check arch, deploy and context_skip of the '
-            'backbone and the prefix in the file.')
+            'backbone and the prefix in the file.'
+        )
     backbone.load_state_dict(state_dict, strict=not fresh or fresh <= set(state_dict))
-    print_log(f'Loaded {len(state_dict)} entries from {checkpoint}' + (
-        '' if not fresh or fresh <= set(state_dict) else
-        f'; the {len(fresh)} of the output norms start fresh'), logger='current')
+    print_log(
+        f'Loaded {len(state_dict)} entries from {checkpoint}'
+        + (
+            ''
+            if not fresh or fresh <= set(state_dict)
+            else f'; the {len(fresh)} of the output norms start fresh'
+        ),
+        logger='current',
+    )

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _TOOLBOXES = {'mmseg': 'MMSegmentation', 'mmdet': 'MMDetection'}
-_INSTALL = ("pip install 'overlock_mm[onedl]' (maintained) or 'overlock_mm[openmmlab]', "
-            'never both')
+_INSTALL = (
+    "pip install 'overlock_mm[onedl]' (maintained) or 'overlock_mm[openmmlab]', never both"
+)
 
 
 class UserError(Exception):
@@ -30,14 +31,26 @@ def add_shared_arguments(parser) -> None:
     """Add the options that training and testing have in common."""
     from mmengine.config import DictAction
 
-    parser.add_argument('--work-dir', help='where logs and results go; default: '
-                        'work_dirs/ and the name of the config')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override config entries, e.g. train_dataloader.batch_size=4')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-                        default='none', help='how distributed processes were started')
-    parser.add_argument('--local-rank', '--local_rank', type=int, default=0,
-                        help='set by the launcher')
+    parser.add_argument(
+        '--work-dir',
+        help='where logs and results go; default: work_dirs/ and the name of the config',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override config entries, e.g. train_dataloader.batch_size=4',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how distributed processes were started',
+    )
+    parser.add_argument(
+        '--local-rank', '--local_rank', type=int, default=0, help='set by the launcher'
+    )
 
 
 def require_toolbox_packages(*packages: str) -> None:
@@ -62,8 +75,12 @@ def load_config(args):
 
     path = Path(args.config)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob('*.py')) if path.parent.is_dir() else []
-        hint = f'{path.parent} has {", ".join(near)}' if near else 'give the path of a config'
+        near = (
+            sorted(p.name for p in path.parent.glob('*.py')) if path.parent.is_dir() else []
+        )
+        hint = (
+            f'{path.parent} has {", ".join(near)}' if near else 'give the path of a config'
+        )
         raise UserError(f'config {path} does not exist; {hint}')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(path)
@@ -72,15 +89,18 @@ def load_config(args):
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.stem}'
     scope = cfg.get('default_scope')
     if scope not in _TOOLBOXES:
-        raise UserError(f'{path} has default_scope={scope!r}; these tools run configs of '
-                        f'{" and ".join(_TOOLBOXES)}')
+        raise UserError(
+            f'{path} has default_scope={scope!r}; these tools run configs of '
+            f'{" and ".join(_TOOLBOXES)}'
+        )
     require_toolbox_packages('mmcv', scope)
     if scope == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
         raise UserError(
             'mmcv is installed without its compiled ops, which detectors need; run make '
             'demo-detection, or build them against the installed torch: MMCV_WITH_OPS=1 '
             'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps '
-            'onedl-mmcv')
+            'onedl-mmcv'
+        )
     return cfg
 
 
@@ -105,7 +125,8 @@ def check_dataset(cfg, *loaders: str) -> None:
         raise UserError(
             f'{missing[0]} does not exist, which {wanted[missing[0]]} reads; expected: '
             f'{" ".join(sorted(wanted))}; {f"get {source}; or " if source else ""}set '
-            f'data_root of the datasets in the config')
+            f'data_root of the datasets in the config'
+        )
 
 
 def _datasets(node) -> Iterator[dict]:
@@ -124,4 +145,6 @@ def _datasets(node) -> Iterator[dict]:
 def check_file(path: str, what: str) -> None:
     """Raise :class:`UserError` if ``path`` is neither a file nor a URL."""
     if '://' not in path and not os.path.isfile(path):
-        raise UserError(f'{what} {path} does not exist; give the path or URL of a .pth file')
+        raise UserError(
+            f'{what} {path} does not exist; give the path or URL of a .pth file'
+        )

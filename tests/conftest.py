@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def demo_data(tmp_path_factory):
     """A small demo data set: (a folder to run in, with data/demo below it)."""
     from overlock_mm.demo_data import make_demo_data
+
     folder = tmp_path_factory.mktemp('demo')
     make_demo_data(folder / 'data' / 'demo', train=6, val=2, size=96)
     return folder

@@ -14,8 +14,11 @@ from test_overlock import TINY
 
 from overlock_mm import OverLoCK
 
-CONFIGS = sorted(p for task in ('segmentation', 'detection')
-                 for p in (ROOT / 'configs' / task).glob('*.py'))
+CONFIGS = sorted(
+    p
+    for task in ('segmentation', 'detection')
+    for p in (ROOT / 'configs' / task).glob('*.py')
+)
 PAPER = [p for p in CONFIGS if not p.stem.endswith('demo')]
 SEGMENTATION = [p for p in PAPER if p.parent.name == 'segmentation']
 DETECTION = [p for p in PAPER if p.parent.name == 'detection']
@@ -41,12 +44,15 @@ def build_model(cfg):
     cfg.model.backbone.update(arch=TINY, init_cfg=None)
     if cfg.default_scope == 'mmseg':
         from mmseg.utils import register_all_modules
+
         cfg.model.decode_head.in_channels = list(channels)
         cfg.model.auxiliary_head.in_channels = channels[2]
         cfg.model.data_preprocessor.size = [
-            s // SHRINK for s in cfg.model.data_preprocessor.size]
+            s // SHRINK for s in cfg.model.data_preprocessor.size
+        ]
     else:
         from mmdet.utils import register_all_modules
+
         cfg.model.neck.in_channels = list(channels)
     register_all_modules(init_default_scope=True)
     torch.manual_seed(0)
@@ -56,8 +62,10 @@ def build_model(cfg):
 def shrink(node):
     """Divide every size in a pipeline, so that it fits the small scenes."""
     if isinstance(node, dict):
-        return {k: shrink_sizes(v) if k in ('scale', 'scales', 'crop_size') else shrink(v)
-                for k, v in node.items()}
+        return {
+            k: shrink_sizes(v) if k in ('scale', 'scales', 'crop_size') else shrink(v)
+            for k, v in node.items()
+        }
     return [shrink(v) for v in node] if isinstance(node, list) else node
 
 
@@ -71,18 +79,34 @@ def samples(cfg, loader, folder, count):
     """Demo scenes through the config's own pipeline."""
     dataset = cfg[loader].dataset
     split = 'training' if loader.startswith('train') else 'validation'
-    demo = load(next(p for p in CONFIGS if p.stem.endswith('demo')
-                     and p.parent.name == ('segmentation' if cfg.default_scope == 'mmseg'
-                                           else 'detection')))
-    dataset.update(data_root=str(folder / 'data/demo'), metainfo=demo[loader].dataset.metainfo,
-                   pipeline=shrink(cfg[loader].dataset.to_dict()['pipeline']))
+    demo = load(
+        next(
+            p
+            for p in CONFIGS
+            if p.stem.endswith('demo')
+            and p.parent.name
+            == ('segmentation' if cfg.default_scope == 'mmseg' else 'detection')
+        )
+    )
+    dataset.update(
+        data_root=str(folder / 'data/demo'),
+        metainfo=demo[loader].dataset.metainfo,
+        pipeline=shrink(cfg[loader].dataset.to_dict()['pipeline']),
+    )
     if cfg.default_scope == 'mmseg':
-        dataset.update(img_suffix='.png', data_prefix=dict(
-            img_path=f'images/{split}', seg_map_path=f'annotations/{split}'))
+        dataset.update(
+            img_suffix='.png',
+            data_prefix=dict(
+                img_path=f'images/{split}', seg_map_path=f'annotations/{split}'
+            ),
+        )
         dataset.metainfo = None if dataset.type == 'ADE20KDataset' else dataset.metainfo
     else:
-        dataset.update(ann_file=f'annotations/instances_{split}.json',
-                       data_prefix=dict(img=f'images/{split}'), filter_cfg=None)
+        dataset.update(
+            ann_file=f'annotations/instances_{split}.json',
+            data_prefix=dict(img=f'images/{split}'),
+            filter_cfg=None,
+        )
     dataset = DATASETS.build(dataset)
     return pseudo_collate([dataset[i] for i in range(count)])
 
@@ -102,7 +126,7 @@ def test_loss_and_prediction(path, demo_data):
 
     model.eval()
     with torch.no_grad():
-        sample, = model.test_step(samples(cfg, 'test_dataloader', demo_data, 1))
+        (sample,) = model.test_step(samples(cfg, 'test_dataloader', demo_data, 1))
     if cfg.default_scope == 'mmseg':
         labels = sample.pred_sem_seg.data
         assert labels.shape == (1, 96, 96) == sample.gt_sem_seg.data.shape
@@ -119,7 +143,9 @@ def test_there_is_a_config_for_every_row():
         *(f'upernet_overlock_{a}' for a in archs),
         *(f'cascade_mask_rcnn_overlock_{a}' for a in archs),
         *(f'mask_rcnn_overlock_{a}_{s}' for a in archs for s in ('1x', '3x')),
-        'upernet_overlock_xt_demo', 'cascade_mask_rcnn_overlock_xt_demo'}
+        'upernet_overlock_xt_demo',
+        'cascade_mask_rcnn_overlock_xt_demo',
+    }
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=name)
@@ -135,25 +161,36 @@ def test_backbone(path):
     else:
         assert cfg.model.neck.in_channels == channels
     if path in PAPER:
-        rates = dict(xt=0.1, t=0.2, s=0.3, b=0.5) if path in SEGMENTATION else dict(
-            xt=0.1, t=0.2, s=0.4, b=0.6)
+        rates = (
+            dict(xt=0.1, t=0.2, s=0.3, b=0.5)
+            if path in SEGMENTATION
+            else dict(xt=0.1, t=0.2, s=0.4, b=0.6)
+        )
         assert backbone.drop_path_rate == rates[arch]
         assert backbone.init_cfg == dict(
-            type='Pretrained', checkpoint='https://github.com/LMMMEng/OverLoCK/releases/'
-            f'download/v1/overlock_{arch}_in1k_224.pth')
+            type='Pretrained',
+            checkpoint='https://github.com/LMMMEng/OverLoCK/releases/'
+            f'download/v1/overlock_{arch}_in1k_224.pth',
+        )
 
 
 @pytest.mark.parametrize('path', PAPER, ids=name)
 def test_optimiser(path):
     cfg = load(path)
-    lr, decay = (6e-5, 0.01) if path in SEGMENTATION else (
-        2e-4 if path.stem.endswith('1x') else 1e-4, 0.05)
+    lr, decay = (
+        (6e-5, 0.01)
+        if path in SEGMENTATION
+        else (2e-4 if path.stem.endswith('1x') else 1e-4, 0.05)
+    )
     model = build_model(cfg)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     assert type(wrapper).__name__ == 'OptimWrapper' and not wrapper.clip_grad_kwargs
     assert type(wrapper.optimizer) is torch.optim.AdamW
-    decays = {id(p): g['weight_decay'] for g in wrapper.optimizer.param_groups
-              for p in g['params']}
+    decays = {
+        id(p): g['weight_decay']
+        for g in wrapper.optimizer.param_groups
+        for p in g['params']
+    }
     for param_name, param in model.named_parameters():
         expected = 0.0 if 'norm' in param_name else decay
         assert decays[id(param)] == expected, param_name
@@ -169,8 +206,10 @@ def learning_rates(cfg, iterations, epoch_length=None):
     """The rate at every iteration, stepping as mmengine's hook does."""
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = [PARAM_SCHEDULERS.build(s, default_args=dict(optimizer=optimizer))
-                  for s in cfg.param_scheduler]
+    schedulers = [
+        PARAM_SCHEDULERS.build(s, default_args=dict(optimizer=optimizer))
+        for s in cfg.param_scheduler
+    ]
     rates = []
     for iteration in range(iterations):
         rates.append(optimizer.param_groups[0]['lr'])
@@ -185,7 +224,8 @@ def learning_rates(cfg, iterations, epoch_length=None):
 def test_segmentation_schedule():
     cfg = load(SEGMENTATION[0])
     assert cfg.train_cfg == dict(
-        type='IterBasedTrainLoop', max_iters=160000, val_interval=8000)
+        type='IterBasedTrainLoop', max_iters=160000, val_interval=8000
+    )
     rates = learning_rates(cfg, 160000)
     assert rates[0] == pytest.approx(6e-5 * 1e-6)
     assert rates[1] == pytest.approx(6e-5 / 1499, rel=1e-2)
@@ -199,17 +239,19 @@ def test_segmentation_schedule():
 @pytest.mark.parametrize('path', [p for p in DETECTION if arch_of(p) == 't'], ids=name)
 def test_detection_schedule(path):
     cfg = load(path)
-    epochs, steps, lr = (12, (8, 11), 2e-4) if path.stem.endswith('1x') else (
-        36, (27, 33), 1e-4)
+    epochs, steps, lr = (
+        (12, (8, 11), 2e-4) if path.stem.endswith('1x') else (36, (27, 33), 1e-4)
+    )
     assert cfg.train_cfg == dict(
-        type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1)
+        type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=1
+    )
     length = 600
     rates = learning_rates(cfg, epochs * length, length)
     assert rates[0] == pytest.approx(lr * 0.001)
     assert rates[1] == pytest.approx(lr * (0.001 + 0.999 / 499))
     assert rates[499] == rates[500] == pytest.approx(lr)
     for epoch in range(1, epochs):
-        expected = lr * 0.1**sum(epoch >= step for step in steps)
+        expected = lr * 0.1 ** sum(epoch >= step for step in steps)
         assert rates[epoch * length] == pytest.approx(expected)
     assert rates[-1] == pytest.approx(lr * 0.01)
 
@@ -226,24 +268,55 @@ def test_segmentation_data(path):
     assert train.data_root == test.data_root == 'data/ade/ADEChallengeData2016/'
     assert cfg.train_dataloader.batch_size == 2
     assert steps_of(train.pipeline) == [
-        'LoadImageFromFile', 'LoadAnnotations', 'RandomResize', 'RandomCrop', 'RandomFlip',
-        'PhotoMetricDistortion', 'PackSegInputs']
+        'LoadImageFromFile',
+        'LoadAnnotations',
+        'RandomResize',
+        'RandomCrop',
+        'RandomFlip',
+        'PhotoMetricDistortion',
+        'PackSegInputs',
+    ]
     assert train.pipeline[1].reduce_zero_label
-    assert (train.pipeline[2].scale, train.pipeline[2].ratio_range) == ((2048, 512), (0.5, 2.0))
-    assert (train.pipeline[3].crop_size, train.pipeline[3].cat_max_ratio) == ((512, 512), 0.75)
+    assert (train.pipeline[2].scale, train.pipeline[2].ratio_range) == (
+        (2048, 512),
+        (0.5, 2.0),
+    )
+    assert (train.pipeline[3].crop_size, train.pipeline[3].cat_max_ratio) == (
+        (512, 512),
+        0.75,
+    )
     assert train.pipeline[4].prob == 0.5
     assert steps_of(test.pipeline) == [
-        'LoadImageFromFile', 'Resize', 'ResizeToMultiple', 'LoadAnnotations', 'PackSegInputs']
+        'LoadImageFromFile',
+        'Resize',
+        'ResizeToMultiple',
+        'LoadAnnotations',
+        'PackSegInputs',
+    ]
     assert (test.pipeline[1].scale, test.pipeline[1].keep_ratio) == ((2048, 512), True)
-    assert (test.pipeline[2].size_divisor, test.pipeline[2].interpolation) == (32, 'bicubic')
+    assert (test.pipeline[2].size_divisor, test.pipeline[2].interpolation) == (
+        32,
+        'bicubic',
+    )
     assert cfg.model.data_preprocessor.size == (512, 512)
     assert cfg.model.data_preprocessor.seg_pad_val == 255
     assert cfg.model.test_cfg.mode == 'whole'
     decode, aux = cfg.model.decode_head, cfg.model.auxiliary_head
-    assert (decode.type, decode.channels, decode.pool_scales, decode.dropout_ratio,
-            decode.num_classes) == ('UPerHead', 512, (1, 2, 3, 6), 0.1, 150)
-    assert (aux.type, aux.channels, aux.num_convs, aux.in_index,
-            aux.loss_decode.loss_weight, aux.num_classes) == ('FCNHead', 256, 1, 2, 0.4, 150)
+    assert (
+        decode.type,
+        decode.channels,
+        decode.pool_scales,
+        decode.dropout_ratio,
+        decode.num_classes,
+    ) == ('UPerHead', 512, (1, 2, 3, 6), 0.1, 150)
+    assert (
+        aux.type,
+        aux.channels,
+        aux.num_convs,
+        aux.in_index,
+        aux.loss_decode.loss_weight,
+        aux.num_classes,
+    ) == ('FCNHead', 256, 1, 2, 0.4, 150)
     assert decode.norm_cfg.type == aux.norm_cfg.type == 'SyncBN'
 
 
@@ -256,35 +329,63 @@ def test_detection_data(path):
     assert cfg.train_dataloader.batch_size == 2
     if path.stem.endswith('1x'):
         assert steps_of(train.pipeline) == [
-            'LoadImageFromFile', 'LoadAnnotations', 'Resize', 'RandomFlip', 'PackDetInputs']
+            'LoadImageFromFile',
+            'LoadAnnotations',
+            'Resize',
+            'RandomFlip',
+            'PackDetInputs',
+        ]
         assert (train.pipeline[2].scale, train.pipeline[3].prob) == ((1333, 800), 0.5)
     else:
         assert steps_of(train.pipeline) == [
-            'LoadImageFromFile', 'LoadAnnotations', 'RandomFlip', 'RandomChoice',
-            'PackDetInputs']
+            'LoadImageFromFile',
+            'LoadAnnotations',
+            'RandomFlip',
+            'RandomChoice',
+            'PackDetInputs',
+        ]
         assert train.pipeline[2].prob == 0.5
         plain, cropped = train.pipeline[3].transforms
-        sizes = [(short, 1333) for short in
-                 (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)]
+        sizes = [
+            (short, 1333)
+            for short in (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+        ]
         assert plain[0].scales == cropped[2].scales == sizes
         assert [s[0] for s in cropped[0].scales] == [400, 500, 600]
-        assert (cropped[1].crop_type, cropped[1].crop_size, cropped[1].allow_negative_crop
-                ) == ('absolute_range', (384, 600), True)
+        assert (
+            cropped[1].crop_type,
+            cropped[1].crop_size,
+            cropped[1].allow_negative_crop,
+        ) == ('absolute_range', (384, 600), True)
     assert steps_of(test.pipeline) == [
-        'LoadImageFromFile', 'Resize', 'LoadAnnotations', 'PackDetInputs']
+        'LoadImageFromFile',
+        'Resize',
+        'LoadAnnotations',
+        'PackDetInputs',
+    ]
     assert (test.pipeline[1].scale, test.pipeline[1].keep_ratio) == ((1333, 800), True)
     assert cfg.model.data_preprocessor.pad_size_divisor == 32
     assert (cfg.model.neck.type, cfg.model.neck.out_channels, cfg.model.neck.num_outs) == (
-        'FPN', 256, 5)
+        'FPN',
+        256,
+        5,
+    )
 
 
 @pytest.mark.parametrize('path', DETECTION, ids=name)
 def test_detector_is_the_stock_one(path):
     """But for backbone and neck, the model is MMDetection's own R50-FPN config."""
     import mmdet
+
     kind = 'cascade-mask-rcnn' if path.stem.startswith('cascade') else 'mask-rcnn'
-    stock = Config.fromfile(Path(mmdet.__file__).parent / '.mim' / 'configs' / '_base_' /
-                            'models' / f'{kind}_r50_fpn.py').model
+    stock = Config.fromfile(
+        Path(mmdet.__file__).parent
+        / '.mim'
+        / 'configs'
+        / '_base_'
+        / 'models'
+        / f'{kind}_r50_fpn.py'
+    ).model
     ours = load(path).model
     for part in set(stock) | set(ours):
         if part not in ('backbone', 'neck'):
@@ -305,8 +406,9 @@ def test_shared_settings(path):
 
 def test_demo_classes_are_those_of_the_data():
     from overlock_mm.demo_data import CLASSES, PALETTE
+
     for task, first in (('segmentation', 0), ('detection', 1)):
-        path, = (ROOT / 'configs' / task).glob('*demo.py')
+        (path,) = (ROOT / 'configs' / task).glob('*demo.py')
         info = load(path).train_dataloader.dataset.metainfo
         assert tuple(info.classes) == CLASSES[first:]
         assert [tuple(c) for c in info.palette] == [tuple(c) for c in PALETTE[first:]]

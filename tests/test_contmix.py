@@ -28,14 +28,19 @@ def make_inputs(case, dtype=torch.float64, seed=0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     taps = sum(k * k for k in kernels)
-    return (rand(n, g, c, h, w), rand(n, g, c, regions), rand(n, len(kernels) * g * d, h, w),
-            rand(taps, regions), rand(taps), [rand(g, 2 * k - 1, 2 * k - 1) for k in kernels],
-            kernels)
+    return (
+        rand(n, g, c, h, w),
+        rand(n, g, c, regions),
+        rand(n, len(kernels) * g * d, h, w),
+        rand(taps, regions),
+        rand(taps),
+        [rand(g, 2 * k - 1, 2 * k - 1) for k in kernels],
+        kernels,
+    )
 
 
 def slow_contmix(query, key, value, weight, bias, rpbs, kernels):
-    query, key, value, weight, bias = (
-        t.numpy() for t in (query, key, value, weight, bias))
+    query, key, value, weight, bias = (t.numpy() for t in (query, key, value, weight, bias))
     n, g, _, h, w = query.shape
     heads = value.reshape(n, len(kernels), g, -1, h, w)
     out = np.zeros_like(heads)
@@ -43,25 +48,29 @@ def slow_contmix(query, key, value, weight, bias, rpbs, kernels):
         affinity = query[b, head, :, y, x] @ key[b, head]
         logits = weight @ affinity + bias
         for i, k in enumerate(kernels):
-            mine, logits = logits[:k * k], logits[k * k:]
+            mine, logits = logits[: k * k], logits[k * k :]
             top = min(max(y - k // 2, 0), h - k)
             left = min(max(x - k // 2, 0), w - k)
-            scores = np.empty((k, k))
-            for dy, dx in np.ndindex(k, k):
-                scores[dy, dx] = mine[dy * k + dx] + rpbs[i][
-                    head, top + dy - y + k - 1, left + dx - x + k - 1]
+            window = (slice(top, top + k), slice(left, left + k))
+            # a tap that reads position s for a query at p has the bias of s - p
+            bias_rows = slice(top - y + k - 1, top - y + 2 * k - 1)
+            bias_cols = slice(left - x + k - 1, left - x + 2 * k - 1)
+            scores = mine.reshape(k, k) + rpbs[i][head, bias_rows, bias_cols].numpy()
             kernel = np.exp(scores - scores.max())
             kernel /= kernel.sum()
-            for dy, dx in np.ndindex(k, k):
-                out[b, i, head, :, y, x] += (
-                    kernel[dy, dx] * heads[b, i, head, :, top + dy, left + dx])
+            for channel in range(heads.shape[3]):
+                out[b, i, head, channel, y, x] = (
+                    kernel * heads[b, i, head, channel][window]
+                ).sum()
     return torch.from_numpy(out.reshape(value.shape))
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_equals_slow_loop(case):
     inputs = make_inputs(case)
-    torch.testing.assert_close(contmix(*inputs), slow_contmix(*inputs), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        contmix(*inputs), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_random_sizes():
@@ -72,12 +81,19 @@ def test_random_sizes():
         n, g, c, regions, d = rng.randint(1, 4, 5).tolist()
         inputs = make_inputs((n, g, c, regions, d, *size, kernels), seed=seed)
         torch.testing.assert_close(
-            contmix(*inputs), slow_contmix(*inputs), rtol=1e-10, atol=1e-10)
+            contmix(*inputs), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
+        )
 
 
-@pytest.mark.parametrize('case', [
-    (1, 2, 1, 2, 1, 5, 6, (3, 5)), (1, 1, 1, 2, 1, 7, 7, (3, 7)),
-    (1, 1, 1, 2, 1, 13, 26, (5, 13))], ids=str)
+@pytest.mark.parametrize(
+    'case',
+    [
+        (1, 2, 1, 2, 1, 5, 6, (3, 5)),
+        (1, 1, 1, 2, 1, 7, 7, (3, 7)),
+        (1, 1, 1, 2, 1, 13, 26, (5, 13)),
+    ],
+    ids=str,
+)
 def test_gradients(case):
     *tensors, rpbs, kernels = make_inputs(case)
     tensors = [t.requires_grad_() for t in (*tensors, *rpbs)]
@@ -88,8 +104,10 @@ def test_gradients(case):
     assert torch.autograd.gradcheck(op, tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize('dtype, tolerance', [
-    (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
+)
 def test_low_precision(dtype, tolerance):
     case = CASES['wider than a tile, k=13']
     *tensors, rpbs, kernels = make_inputs(case, dtype)
@@ -114,20 +132,31 @@ def test_does_not_copy_the_values_per_tap():
     *tensors, rpbs, _ = make_inputs(case, torch.float32)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
         contmix(*(t.requires_grad_() for t in tensors), rpbs, kernels)
     assert max(sizes) < n * g * d * h * w * 13 * 13 / 4
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(kernels=(3, 11)), 'at most the shorter side of the 7x9 map'),
-    (dict(kernels=(4, 5)), 'must be odd'),
-    (dict(rpbs=1), 'rpbs must have the shapes'),
-    (dict(weight=5), 'proj_weight has 5 rows'),
-    (dict(value=7), 'value has 7 channels')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(kernels=(3, 11)), 'at most the shorter side of the 7x9 map'),
+        (dict(kernels=(4, 5)), 'must be odd'),
+        (dict(rpbs=1), 'rpbs must have the shapes'),
+        (dict(weight=5), 'proj_weight has 5 rows'),
+        (dict(value=7), 'value has 7 channels'),
+    ],
+)
 def test_bad_arguments(change, message):
     query, key, value, weight, bias, rpbs, kernels = make_inputs(CASES['small'])
     with pytest.raises(ValueError, match=message):
-        contmix(query, key, value[:, :change.get('value')],
-                weight[:change.get('weight')], bias, rpbs[:change.get('rpbs')],
-                change.get('kernels', kernels))
+        contmix(
+            query,
+            key,
+            value[:, : change.get('value')],
+            weight[: change.get('weight')],
+            bias,
+            rpbs[: change.get('rpbs')],
+            change.get('kernels', kernels),
+        )

@@ -11,8 +11,13 @@ from torch import nn
 from overlock_mm import OverLoCK
 
 # the same structure as the real ones, small enough for many tests
-TINY = dict(depths=(1, 1, 1, 1), focus_depths=(2, 2), embed_dims=(8, 16, 32, 32),
-            kernel_sizes=(7, 7, 5, 5), focus_heads=(2, 2))
+TINY = dict(
+    depths=(1, 1, 1, 1),
+    focus_depths=(2, 2),
+    embed_dims=(8, 16, 32, 32),
+    kernel_sizes=(7, 7, 5, 5),
+    focus_heads=(2, 2),
+)
 
 
 def tiny(**kwargs):
@@ -42,8 +47,10 @@ def relative_error(out, expected):
     return ((out - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize('arch, long_name', [
-    ('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')])
+@pytest.mark.parametrize(
+    'arch, long_name',
+    [('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')],
+)
 def test_metadata_without_building(arch, long_name):
     with torch.device('meta'):
         model = OverLoCK(long_name).eval()
@@ -54,12 +61,17 @@ def test_metadata_without_building(arch, long_name):
     assert [m.shape[2:] for m in maps] == [(64 // s, 96 // s) for s in OverLoCK.strides]
 
 
-@pytest.mark.parametrize('size', [
-    (32, 32), (33, 47), (47, 33), (64, 200), (201, 64), (72, 72), (255, 129)], ids=str)
+@pytest.mark.parametrize(
+    'size',
+    [(32, 32), (33, 47), (47, 33), (64, 200), (201, 64), (72, 72), (255, 129)],
+    ids=str,
+)
 def test_any_image_size(size):
     with torch.no_grad():
         maps = tiny().eval()(image(1, 3, *size))
-    for out, channels, stride in zip(maps, OverLoCK.channels_of(TINY), OverLoCK.strides):
+    for out, channels, stride in zip(
+        maps, OverLoCK.channels_of(TINY), (4, 8, 16, 32), strict=True
+    ):
         assert out.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
         assert out.isfinite().all()
 
@@ -70,25 +82,30 @@ def test_smallest_image_on_the_real_kernels():
     assert [tuple(m.shape[2:]) for m in maps] == [(8, 12), (4, 6), (2, 3), (1, 2)]
 
 
-@pytest.mark.parametrize('shape', [(1, 3, 31, 64), (1, 3, 64, 31), (1, 4, 64, 64), (3, 64, 64)])
+@pytest.mark.parametrize(
+    'shape', [(1, 3, 31, 64), (1, 3, 64, 31), (1, 4, 64, 64), (3, 64, 64)]
+)
 def test_bad_image(shape):
     with pytest.raises(ValueError, match='at least 32'):
         tiny()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(arch='l'), "arch='l' is none of"),
-    (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly these fields'),
-    (dict(arch=dict(TINY, depths=(1, 1))), 'exactly these fields'),
-    (dict(arch=dict(TINY, focus_heads=(3, 2))), 'focus_heads'),
-    (dict(arch=dict(TINY, kernel_sizes=(7, 7, 6, 5))), 'kernel_size=6'),
-    (dict(out_indices=(0, 4)), 'out_indices'),
-    (dict(out_indices=()), 'out_indices'),
-    (dict(out_indices=(2, 1)), 'out_indices'),
-    (dict(frozen_stages=5), 'frozen_stages=5'),
-    (dict(with_cp=(5,)), 'with_cp'),
-    (dict(drop_path_rate=1.0), 'drop_path_rate'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(arch='l'), "arch='l' is none of"),
+        (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly these fields'),
+        (dict(arch=dict(TINY, depths=(1, 1))), 'exactly these fields'),
+        (dict(arch=dict(TINY, focus_heads=(3, 2))), 'focus_heads'),
+        (dict(arch=dict(TINY, kernel_sizes=(7, 7, 6, 5))), 'kernel_size=6'),
+        (dict(out_indices=(0, 4)), 'out_indices'),
+        (dict(out_indices=()), 'out_indices'),
+        (dict(out_indices=(2, 1)), 'out_indices'),
+        (dict(frozen_stages=5), 'frozen_stages=5'),
+        (dict(with_cp=(5,)), 'with_cp'),
+        (dict(drop_path_rate=1.0), 'drop_path_rate'),
+    ],
+)
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         OverLoCK(**{'arch': TINY, **kwargs})
@@ -100,8 +117,9 @@ def test_unknown_argument_is_not_swallowed():
 
 
 @pytest.mark.parametrize('context_skip', [False, True])
-@pytest.mark.parametrize('out_indices', [
-    (0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    'out_indices', [(0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)], ids=str
+)
 def test_out_indices(out_indices, context_skip):
     full = tiny(context_skip=context_skip)
     part = OverLoCK(TINY, out_indices=out_indices, context_skip=context_skip)
@@ -119,8 +137,9 @@ def test_out_indices(out_indices, context_skip):
     # and what the model lacks is what the full one has beside it
     lacking = [k for k in state if k not in part.state_dict()]
     assert all(k.startswith(part.absent_parts()) for k in lacking)
-    assert not any(k.startswith(part.absent_parts()) for k in part.state_dict()
-                   if part.absent_parts())
+    assert not any(
+        k.startswith(part.absent_parts()) for k in part.state_dict() if part.absent_parts()
+    )
 
 
 def test_unneeded_blocks_do_not_run():
@@ -134,10 +153,16 @@ def test_in_channels():
 
 def test_drop_path_rates_rise_linearly():
     model = OverLoCK(TINY, drop_path_rate=0.7)
-    rates = [b.proj[9].drop_prob for blocks in (model.blocks1, model.blocks2, model.blocks3,
-                                                model.blocks4) for b in blocks]
-    rates += [b.drop_path.drop_prob for blocks in (model.sub_blocks3, model.sub_blocks4)
-              for b in blocks]
+    rates = [
+        b.proj[9].drop_prob
+        for blocks in (model.blocks1, model.blocks2, model.blocks3, model.blocks4)
+        for b in blocks
+    ]
+    rates += [
+        b.drop_path.drop_prob
+        for blocks in (model.sub_blocks3, model.sub_blocks4)
+        for b in blocks
+    ]
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 
@@ -157,7 +182,7 @@ def test_switch_to_deploy(context_skip):
         after = model(x)
         model.switch_to_deploy()  # again: nothing left to do
         again = model(x)
-    for a, b, c in zip(before, after, again):
+    for a, b, c in zip(before, after, again, strict=True):
         assert relative_error(b, a) < 1e-5
         assert torch.equal(b, c)
     assert model.deploy
@@ -171,6 +196,7 @@ def test_switch_to_deploy(context_skip):
 def test_switch_to_deploy_of_the_real_kernels(arch):
     """One large kernel of each size and arch, with statistics far from the initial ones."""
     from overlock_mm.models.layers import DILATED_BRANCHES, DilatedReparamBlock
+
     dim = OverLoCK.channels_of(arch)[0]
     for kernel_size in DILATED_BRANCHES:
         torch.manual_seed(kernel_size)
@@ -185,10 +211,14 @@ def test_switch_to_deploy_of_the_real_kernels(arch):
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 def test_frozen_stages(frozen_stages):
     model = tiny(frozen_stages=frozen_stages, context_skip=True).train()
-    groups = [('patch_embed1.', 'blocks1.'), ('patch_embed2.', 'blocks2.'),
-              ('extra_norm.1.', 'patch_embed3.', 'blocks3.'), ('patch_embed4.', 'blocks4.'),
-              ('',)]
-    frozen = tuple(p for group in groups[:frozen_stages + 1] for p in group)
+    groups = [
+        ('patch_embed1.', 'blocks1.'),
+        ('patch_embed2.', 'blocks2.'),
+        ('extra_norm.1.', 'patch_embed3.', 'blocks3.'),
+        ('patch_embed4.', 'blocks4.'),
+        ('',),
+    ]
+    frozen = tuple(p for group in groups[: frozen_stages + 1] for p in group)
     for name, param in model.named_parameters():
         assert param.requires_grad is not name.startswith(frozen), name
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -201,7 +231,8 @@ def test_frozen_stages(frozen_stages):
     for name, tensor in model.state_dict().items():
         moved = not torch.equal(tensor, before[name])
         assert moved == ('running_' in name or 'num_batches' in name) * (
-            not name.startswith(frozen)), name
+            not name.startswith(frozen)
+        ), name
 
 
 def test_norm_eval():
@@ -212,7 +243,9 @@ def test_norm_eval():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     torch.testing.assert_close(model(x)[3], tiny().eval()(x)[3])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert any(m.training for m in tiny().train().modules() if isinstance(m, nn.BatchNorm2d))
+    assert any(
+        m.training for m in tiny().train().modules() if isinstance(m, nn.BatchNorm2d)
+    )
 
 
 @pytest.mark.parametrize('with_cp', [True, (0, 4), (3,)], ids=str)
@@ -224,9 +257,14 @@ def test_checkpointing_changes_nothing(with_cp):
         torch.manual_seed(3)
         maps = model(x)
         sum((m * m).sum() for m in maps).backward()
-        results.append((maps, {n: p.grad for n, p in model.named_parameters()},
-                        dict(model.named_buffers())))
-    for plain, checkpointed in zip(*results):
+        results.append(
+            (
+                maps,
+                {n: p.grad for n, p in model.named_parameters()},
+                dict(model.named_buffers()),
+            )
+        )
+    for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(checkpointed, plain)
 
 
@@ -234,7 +272,8 @@ def test_checkpointing_saves_memory():
     def kept(with_cp):
         model, sizes = tiny(with_cp=with_cp).train(), []
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            lambda t: sizes.append(t.numel()) or t, lambda t: t
+        ):
             model(image(2, 3, 64, 64))
         return sum(sizes)
 
@@ -249,27 +288,34 @@ def test_registered_once_and_found_from_every_scope():
         assert type(built) is OverLoCK
 
 
-@pytest.mark.parametrize('order', [
-    'import overlock_mm, mmseg.models, mmdet.models',
-    'import mmdet.models, mmseg.models, overlock_mm',
-    'import mmseg.models, overlock_mm, mmdet.models'])
+@pytest.mark.parametrize(
+    'order',
+    [
+        'import overlock_mm, mmseg.models, mmdet.models',
+        'import mmdet.models, mmseg.models, overlock_mm',
+        'import mmseg.models, overlock_mm, mmdet.models',
+    ],
+)
 def test_import_order(order):
-    code = order + '''
+    code = (
+        order
+        + """
 from mmdet.registry import MODELS as DET
 from mmseg.registry import MODELS as SEG
 from mmengine.registry import MODELS
 assert DET.get('OverLoCK') is SEG.get('OverLoCK') is MODELS.get('OverLoCK') is not None
 assert 'OverLoCK' not in DET.module_dict and 'OverLoCK' not in SEG.module_dict
-'''
+"""
+    )
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 
 
 def test_import_is_light():
-    code = '''
+    code = """
 import sys, overlock_mm
 heavy = [m for m in sys.modules if m.split('.')[0] in ('mmdet', 'mmseg', 'mmcv', 'cv2')]
 assert not heavy, heavy
-'''
+"""
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
 
 

@@ -22,8 +22,10 @@ def build(task, arch, deploy=False, **kwargs):
 def filled(model, dtype=torch.float64):
     """Give every entry the value that its name stands for."""
     model = model.to(dtype)  # first: the values are exact in float64 only
-    state = {k: torch.from_numpy(np.asarray(parity_value(k, v.shape)))
-             for k, v in model.state_dict().items()}
+    state = {
+        k: torch.from_numpy(np.asarray(parity_value(k, v.shape)))
+        for k, v in model.state_dict().items()
+    }
     model.load_state_dict(state)
     return model
 
@@ -40,8 +42,9 @@ def probed(tensor, count=4096):
 def run_case(path, dtype):
     task, arch, size, mode = path.stem.split('_')
     model = filled(build(task, arch), dtype).train(mode == 'train')
-    image = torch.from_numpy(parity_image((int(size.split('x')[0]), 3, *map(
-        int, size.split('x')[1:])))).to(dtype)
+    image = torch.from_numpy(
+        parity_image((int(size.split('x')[0]), 3, *map(int, size.split('x')[1:])))
+    ).to(dtype)
     return model, image, np.load(path)
 
 
@@ -51,7 +54,8 @@ def check_outputs(outputs, case, tolerance):
         assert out.shape == tuple(case[f'out{i}.shape'])
         assert relative_error(probed(out), case[f'out{i}.values']) < tolerance
         assert out.abs().mean().item() == pytest.approx(
-            case[f'out{i}.absmean'].item(), rel=tolerance)
+            case[f'out{i}.absmean'].item(), rel=tolerance
+        )
 
 
 def case_id(path):
@@ -59,8 +63,11 @@ def case_id(path):
 
 
 @pytest.mark.parametrize('path', sorted(CASES.glob('*_eval.npz')), ids=case_id)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-5), (torch.float32, 1e-3)],
-                         ids=['float64', 'float32'])
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [(torch.float64, 1e-5), (torch.float32, 1e-3)],
+    ids=['float64', 'float32'],
+)
 def test_eval_outputs(path, dtype, tolerance):
     model, image, case = run_case(path, dtype)
     with torch.no_grad():
@@ -68,19 +75,30 @@ def test_eval_outputs(path, dtype, tolerance):
 
 
 @pytest.mark.parametrize('path', sorted(CASES.glob('*_train.npz')), ids=case_id)
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-5), (torch.float32, 1e-3)],
-                         ids=['float64', 'float32'])
+@pytest.mark.parametrize(
+    'dtype, tolerance',
+    [(torch.float64, 1e-5), (torch.float32, 1e-3)],
+    ids=['float64', 'float32'],
+)
 def test_training_step(path, dtype, tolerance):
     model, image, case = run_case(path, dtype)
     outputs = model(image)
     check_outputs(outputs, case, tolerance)
     loss = sum(
-        (out * torch.from_numpy(np.random.RandomState(100 + i).standard_normal(
-            out.shape)).to(dtype)).sum() / out.numel()**0.5
-        for i, out in enumerate(outputs))
+        (
+            out
+            * torch.from_numpy(
+                np.random.RandomState(100 + i).standard_normal(out.shape)
+            ).to(dtype)
+        ).sum()
+        / out.numel() ** 0.5
+        for i, out in enumerate(outputs)
+    )
     buffers = dict(model.named_buffers())
     for name, value in zip(case['buf.names'], case['buf.absmean'], strict=True):
-        assert buffers[name].abs().mean().item() == pytest.approx(value, rel=tolerance), name
+        assert buffers[name].abs().mean().item() == pytest.approx(value, rel=tolerance), (
+            name
+        )
     assert loss.item() == pytest.approx(case['loss'].item(), rel=tolerance)
     if dtype == torch.float32:
         return  # gradients are compared where rounding does not blur them
@@ -89,18 +107,21 @@ def test_training_step(path, dtype, tolerance):
     assert set(case['grad.names']) == set(params)
     # a bias in front of a batch norm has no gradient but rounding errors
     noise = 1e-12 * case['grad.norms'].max()
-    for name, norm, values in zip(case['grad.names'], case['grad.norms'],
-                                  case['grad.values'], strict=True):
+    for name, norm, values in zip(
+        case['grad.names'], case['grad.norms'], case['grad.values'], strict=True
+    ):
         grad = params[name].grad
         assert grad.norm().item() == pytest.approx(norm, rel=tolerance, abs=noise), name
         ours = probed(grad, 8)
-        error = np.linalg.norm(ours - values[:ours.size])
-        assert error <= tolerance * np.linalg.norm(values[:ours.size]) + noise, name
+        error = np.linalg.norm(ours - values[: ours.size])
+        assert error <= tolerance * np.linalg.norm(values[: ours.size]) + noise, name
 
 
 def listing(entries):
-    lines = sorted(f'{name} ({", ".join(map(str, shape))}{"," * (len(shape) == 1)})'
-                   for name, shape in entries.items())
+    lines = sorted(
+        f'{name} ({", ".join(map(str, shape))}{"," * (len(shape) == 1)})'
+        for name, shape in entries.items()
+    )
     return len(lines), hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 
@@ -116,13 +137,22 @@ def test_state_dict_names_and_shapes(key):
         entries = {k: v for k, v in entries.items() if not k.startswith('extra_norm.')}
         dims = OverLoCK.arch_settings[arch]['embed_dims'][3]
         joint = OverLoCK.channels_of(arch)[3]
-        heads = {'head.0.weight': (1024, joint, 1, 1), 'head.4.weight': (1000, 1024, 1, 1),
-                 'head.4.bias': (1000,), 'aux_head.2.weight': (1000, dims, 1, 1),
-                 'aux_head.2.bias': (1000,)}
+        heads = {
+            'head.0.weight': (1024, joint, 1, 1),
+            'head.4.weight': (1000, 1024, 1, 1),
+            'head.4.bias': (1000,),
+            'aux_head.2.weight': (1000, dims, 1, 1),
+            'aux_head.2.bias': (1000,),
+        }
         for norm, width in (('head.1', 1024), ('aux_head.0', dims)):
             heads.update({f'{norm}.weight': (width,), f'{norm}.bias': (width,)})
-            entries.update({f'{norm}.running_mean': (width,), f'{norm}.running_var': (width,),
-                            f'{norm}.num_batches_tracked': ()})
+            entries.update(
+                {
+                    f'{norm}.running_mean': (width,),
+                    f'{norm}.running_var': (width,),
+                    f'{norm}.num_batches_tracked': (),
+                }
+            )
         params += sum(int(np.prod(v)) for v in heads.values())
         entries.update(heads)
     assert listing(entries) == (MANIFEST[key]['entries'], MANIFEST[key]['sha256'])

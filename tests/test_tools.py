@@ -30,7 +30,7 @@ def configs(tmp_path_factory):
     What is random would differ after resuming: generators are not in a checkpoint.
     """
     folder = tmp_path_factory.mktemp('configs')
-    (folder / 'segmentor.py').write_text(f'''
+    (folder / 'segmentor.py').write_text(f"""
 _base_ = {str(SEGMENTATION)!r}
 model = dict(
     data_preprocessor=dict(size=(64, 64)),
@@ -44,15 +44,15 @@ train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
 train_cfg = dict(max_iters=6, val_interval=6)
 default_hooks = dict(logger=dict(interval=1),
                      checkpoint=dict(interval=3, max_keep_ckpts=-1))
-''')
-    (folder / 'detector.py').write_text(f'''
+""")
+    (folder / 'detector.py').write_text(f"""
 _base_ = {str(DETECTION)!r}
 model = dict(
     backbone=dict(arch={TINY}), neck=dict(in_channels={CHANNELS}),
     train_cfg=dict(rpn_proposal=dict(nms_pre=50, max_per_img=50)),
     test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20)))
 train_cfg = dict(max_epochs=1, val_interval=1)
-''')
+""")
     return folder
 
 
@@ -65,8 +65,16 @@ def segmentor(configs, demo_data):
 
 @pytest.fixture(scope='module')
 def detector(configs, demo_data):
-    run([*tool('train.py'), configs / 'detector.py', '--work-dir', 'det',
-         '--no-pretrained'], demo_data)
+    run(
+        [
+            *tool('train.py'),
+            configs / 'detector.py',
+            '--work-dir',
+            'det',
+            '--no-pretrained',
+        ],
+        demo_data,
+    )
     return demo_data / 'det'
 
 
@@ -74,17 +82,33 @@ def weights(path):
     return torch.load(path, weights_only=False)['state_dict']
 
 
-@pytest.mark.parametrize('resume', [['--resume'], ['--resume', 'again/iter_3.pth']], ids=str)
-def test_resuming_equals_training_in_one_go(segmentor, configs, demo_data, tmp_path, resume):
+@pytest.mark.parametrize(
+    'resume', [['--resume'], ['--resume', 'again/iter_3.pth']], ids=str
+)
+def test_resuming_equals_training_in_one_go(
+    segmentor, configs, demo_data, tmp_path, resume
+):
     again = demo_data / 'again'
     if not again.exists():  # stop after 3 iterations, as an interruption does
-        run([*tool('train.py'), configs / 'segmentor.py', '--work-dir', 'again',
-             '--cfg-options', 'train_cfg.max_iters=3', 'train_cfg.val_interval=3'], demo_data)
+        run(
+            [
+                *tool('train.py'),
+                configs / 'segmentor.py',
+                '--work-dir',
+                'again',
+                '--cfg-options',
+                'train_cfg.max_iters=3',
+                'train_cfg.val_interval=3',
+            ],
+            demo_data,
+        )
     (again / 'iter_6.pth').unlink(missing_ok=True)
     (again / 'last_checkpoint').write_text(str(again / 'iter_3.pth'))
     three, six = weights(segmentor / 'iter_3.pth'), weights(segmentor / 'iter_6.pth')
-    run([*tool('train.py'), configs / 'segmentor.py', '--work-dir', 'again', *resume],
-        demo_data)
+    run(
+        [*tool('train.py'), configs / 'segmentor.py', '--work-dir', 'again', *resume],
+        demo_data,
+    )
     resumed = weights(again / 'iter_6.pth')
     assert set(resumed) == set(six)
     for name in six:
@@ -99,23 +123,57 @@ def metrics_in(work_dir):
 
 
 def test_segmentor_pictures_and_label_maps(segmentor, configs, demo_data):
-    run([*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth', '--work-dir',
-         'seg_test', '--show-dir', 'seg_pictures', '--out', 'seg_out'], demo_data)
+    run(
+        [
+            *tool('test.py'),
+            configs / 'segmentor.py',
+            segmentor / 'iter_6.pth',
+            '--work-dir',
+            'seg_test',
+            '--show-dir',
+            'seg_pictures',
+            '--out',
+            'seg_out',
+        ],
+        demo_data,
+    )
     assert 0 <= metrics_in(demo_data / 'seg_test')['mIoU'] <= 100
     assert len(list((demo_data / 'seg_pictures').rglob('*.png'))) == 2
     assert len(list((demo_data / 'seg_out').glob('*.png'))) == 2
 
 
 def test_segmentor_augmented(segmentor, configs, demo_data):
-    run([*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth', '--work-dir',
-         'seg_tta', '--tta'], demo_data)
+    run(
+        [
+            *tool('test.py'),
+            configs / 'segmentor.py',
+            segmentor / 'iter_6.pth',
+            '--work-dir',
+            'seg_tta',
+            '--tta',
+        ],
+        demo_data,
+    )
     assert 0 <= metrics_in(demo_data / 'seg_tta')['mIoU'] <= 100
 
 
 def test_detector_pictures_and_predictions(detector, configs, demo_data):
-    run([*tool('test.py'), configs / 'detector.py', detector / 'epoch_1.pth', '--work-dir',
-         'det_test', '--show-dir', 'det_pictures', '--out', 'det.pkl', '--cfg-options',
-         'model.test_cfg.rcnn.score_thr=0.0'], demo_data)
+    run(
+        [
+            *tool('test.py'),
+            configs / 'detector.py',
+            detector / 'epoch_1.pth',
+            '--work-dir',
+            'det_test',
+            '--show-dir',
+            'det_pictures',
+            '--out',
+            'det.pkl',
+            '--cfg-options',
+            'model.test_cfg.rcnn.score_thr=0.0',
+        ],
+        demo_data,
+    )
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(metrics_in(demo_data / 'det_test'))
     assert len(list((demo_data / 'det_pictures').rglob('*.png'))) == 2
     predictions = pickle.loads((demo_data / 'det.pkl').read_bytes())
@@ -123,9 +181,19 @@ def test_detector_pictures_and_predictions(detector, configs, demo_data):
 
 
 def test_detector_augmented(detector, configs, demo_data):
-    result = run([*tool('test.py'), configs / 'detector.py', detector / 'epoch_1.pth',
-                  '--work-dir', 'det_tta', '--tta', '--cfg-options',
-                  'model.test_cfg.rcnn.score_thr=0.0'], demo_data)
+    result = run(
+        [
+            *tool('test.py'),
+            configs / 'detector.py',
+            detector / 'epoch_1.pth',
+            '--work-dir',
+            'det_tta',
+            '--tta',
+            '--cfg-options',
+            'model.test_cfg.rcnn.score_thr=0.0',
+        ],
+        demo_data,
+    )
     assert 'masks are left out' in result.stdout
     metrics = metrics_in(demo_data / 'det_tta')
     assert 'coco/bbox_mAP' in metrics and 'coco/segm_mAP' not in metrics
@@ -139,30 +207,54 @@ def fails(command, cwd, *words):
     assert all(word in lines[0] for word in words), lines[0]
 
 
-@pytest.mark.parametrize('config, words', [
-    ('segmentation/upernet_overlock_t.py', [
-        'data/ade/ADEChallengeData2016/images/training does not exist',
-        'annotations/validation', 'ADEChallengeData2016.zip', 'data_root']),
-    ('detection/mask_rcnn_overlock_t_1x.py', [
-        'data/coco/annotations/instances_train2017.json does not exist',
-        'data/coco/val2017', 'cocodataset.org', 'data_root']),
-    ('segmentation/upernet_overlock_xt_demo.py', [
-        'data/demo/images/training does not exist', 'make_demo_data.py']),
-])
+@pytest.mark.parametrize(
+    'config, words',
+    [
+        (
+            'segmentation/upernet_overlock_t.py',
+            [
+                'data/ade/ADEChallengeData2016/images/training does not exist',
+                'annotations/validation',
+                'ADEChallengeData2016.zip',
+                'data_root',
+            ],
+        ),
+        (
+            'detection/mask_rcnn_overlock_t_1x.py',
+            [
+                'data/coco/annotations/instances_train2017.json does not exist',
+                'data/coco/val2017',
+                'cocodataset.org',
+                'data_root',
+            ],
+        ),
+        (
+            'segmentation/upernet_overlock_xt_demo.py',
+            ['data/demo/images/training does not exist', 'make_demo_data.py'],
+        ),
+    ],
+)
 def test_missing_dataset(tmp_path, config, words):
     fails([*tool('train.py'), ROOT / 'configs' / config], tmp_path, *words)
 
 
 def test_missing_config(tmp_path):
-    fails([*tool('train.py'), ROOT / 'configs/segmentation/upernet_overlock_x.py'], tmp_path,
-          'upernet_overlock_x.py does not exist', 'upernet_overlock_xt.py')
+    fails(
+        [*tool('train.py'), ROOT / 'configs/segmentation/upernet_overlock_x.py'],
+        tmp_path,
+        'upernet_overlock_x.py does not exist',
+        'upernet_overlock_xt.py',
+    )
     fails([*tool('test.py'), 'none.py', 'none.pth'], tmp_path, 'none.py does not exist')
 
 
 def test_missing_checkpoint(tmp_path):
     fails([*tool('test.py'), SEGMENTATION, 'none.pth'], tmp_path, 'none.pth does not exist')
-    fails([*tool('train.py'), SEGMENTATION, '--resume', 'none.pth'], tmp_path,
-          'none.pth does not exist')
+    fails(
+        [*tool('train.py'), SEGMENTATION, '--resume', 'none.pth'],
+        tmp_path,
+        'none.pth does not exist',
+    )
 
 
 def test_mixed_precision_without_a_gpu(tmp_path):
@@ -171,29 +263,42 @@ def test_mixed_precision_without_a_gpu(tmp_path):
     fails([*tool('train.py'), SEGMENTATION, '--amp'], tmp_path, '--amp needs a GPU')
 
 
-@pytest.mark.parametrize('absent, config, words', [
-    ('mmengine', SEGMENTATION, ['mmengine is not installed', 'pip install']),
-    ('mmcv', SEGMENTATION, ['mmcv is not installed', 'pip install']),
-    ('mmseg', SEGMENTATION, ['MMSegmentation is not installed', 'overlock_mm[onedl]']),
-    ('mmdet', DETECTION, ['MMDetection is not installed', 'overlock_mm[openmmlab]']),
-    ('mmcv._ext', DETECTION, ['without its compiled ops', 'MMCV_WITH_OPS=1']),
-])
+@pytest.mark.parametrize(
+    'absent, config, words',
+    [
+        ('mmengine', SEGMENTATION, ['mmengine is not installed', 'pip install']),
+        ('mmcv', SEGMENTATION, ['mmcv is not installed', 'pip install']),
+        ('mmseg', SEGMENTATION, ['MMSegmentation is not installed', 'overlock_mm[onedl]']),
+        ('mmdet', DETECTION, ['MMDetection is not installed', 'overlock_mm[openmmlab]']),
+        ('mmcv._ext', DETECTION, ['without its compiled ops', 'MMCV_WITH_OPS=1']),
+    ],
+)
 @pytest.mark.parametrize('name', ['train.py', 'test.py'])
 def test_missing_toolbox(tmp_path, absent, config, words, name):
-    code = f'''
+    code = f"""
 import runpy, sys
 sys.modules[{absent!r}] = None  # what import does for a package that is not there
 sys.argv = [{name!r}, {str(config)!r}, *(['x.pth'] if {name!r} == 'test.py' else [])]
 runpy.run_path({str(ROOT / 'tools' / name)!r}, run_name='__main__')
-'''
+"""
     fails([sys.executable, '-W', 'ignore', '-c', code], tmp_path, *words)
 
 
 def test_auto_scaled_learning_rate(configs, demo_data):
-    run([*tool('train.py'), configs / 'segmentor.py', '--work-dir', 'scaled',
-         '--auto-scale-lr', '--cfg-options', 'train_cfg.max_iters=1',
-         'train_cfg.val_interval=1'], demo_data)
-    log, = (demo_data / 'scaled').glob('*/vis_data/scalars.json')
+    run(
+        [
+            *tool('train.py'),
+            configs / 'segmentor.py',
+            '--work-dir',
+            'scaled',
+            '--auto-scale-lr',
+            '--cfg-options',
+            'train_cfg.max_iters=1',
+            'train_cfg.val_interval=1',
+        ],
+        demo_data,
+    )
+    (log,) = (demo_data / 'scaled').glob('*/vis_data/scalars.json')
     first = json.loads(log.read_text().splitlines()[0])
     # 2 images a step where the rates are for 16, at the start of the warm-up
     assert first['base_lr'] == pytest.approx(6e-4 * 0.1 * 2 / 16)

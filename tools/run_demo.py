@@ -26,7 +26,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = dict(
     segmentation='configs/segmentation/upernet_overlock_xt_demo.py',
-    detection='configs/detection/cascade_mask_rcnn_overlock_xt_demo.py')
+    detection='configs/detection/cascade_mask_rcnn_overlock_xt_demo.py',
+)
 
 
 def main():
@@ -50,14 +51,18 @@ def main():
 
     say(f'Done in {(time.monotonic() - start) / 60:.1f} minutes.')
     if task == 'segmentation':
-        print(f'Validation mIoU: {trained["mIoU"] / 100:.3f}   (untrained '
-              f'{untrained["mIoU"] / 100:.3f}, only background {background_miou():.3f})')
+        print(
+            f'Validation mIoU: {trained["mIoU"] / 100:.3f}   (untrained '
+            f'{untrained["mIoU"] / 100:.3f}, only background {background_miou():.3f})'
+        )
     else:
         for kind in ('bbox', 'segm'):
-            print(f'Validation {kind} AP: {trained[f"coco/{kind}_mAP"]:.3f}, AP50 '
-                  f'{trained[f"coco/{kind}_mAP_50"]:.3f}   (untrained '
-                  f'{untrained[f"coco/{kind}_mAP"]:.3f}, '
-                  f'{untrained[f"coco/{kind}_mAP_50"]:.3f})')
+            print(
+                f'Validation {kind} AP: {trained[f"coco/{kind}_mAP"]:.3f}, AP50 '
+                f'{trained[f"coco/{kind}_mAP_50"]:.3f}   (untrained '
+                f'{untrained[f"coco/{kind}_mAP"]:.3f}, '
+                f'{untrained[f"coco/{kind}_mAP_50"]:.3f})'
+            )
     for name, (first, last) in losses(work_dir).items():
         print(f'{name}: {first:.3f} -> {last:.3f}')
     print(f'Predictions: {pictures}\nCurve: {curve}\nCheckpoint: {checkpoint}')
@@ -133,8 +138,10 @@ def plot_curve(work_dir):
 
 def background_miou():
     """The mIoU of predicting background everywhere: its own IoU over all classes."""
-    maps = [np.array(Image.open(path))
-            for path in (ROOT / 'data/demo/annotations/validation').glob('*.png')]
+    maps = [
+        np.array(Image.open(path))
+        for path in (ROOT / 'data/demo/annotations/validation').glob('*.png')
+    ]
     labels = np.concatenate([m.ravel() for m in maps])
     return float((labels == 0).mean() / len(np.unique(labels)))
 

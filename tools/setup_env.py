@@ -29,7 +29,8 @@ GIB = 2**30
 NEEDED_GIB = 12
 NO_NETWORK = re.compile(
     'NewConnectionError|NameResolutionError|ConnectTimeout|Network is unreachable|'
-    'Temporary failure in name resolution|ProxyError|No route to host|Connection refused')
+    'Temporary failure in name resolution|ProxyError|No route to host|Connection refused'
+)
 
 
 class SetupError(Exception):
@@ -39,13 +40,17 @@ class SetupError(Exception):
 def main():
     pins = dict(re.findall(r'^([\w-]+)==(\S+)', REQUIREMENTS.read_text(), re.M))
     stamp = hashlib.sha256(
-        REQUIREMENTS.read_bytes() + (ROOT / 'setup.py').read_bytes() +
-        f'{sys.version_info[:2]} {ROOT}'.encode()).hexdigest()
+        REQUIREMENTS.read_bytes()
+        + (ROOT / 'setup.py').read_bytes()
+        + f'{sys.version_info[:2]} {ROOT}'.encode()
+    ).hexdigest()
     if READY.exists() and READY.read_text() == stamp and PYTHON.exists():
         return
     if not (3, 11) <= sys.version_info < (3, 14):
-        raise SetupError('Python 3.11 to 3.13 is needed, this is '
-                         f'{sys.version.split()[0]}; run make PYTHON=python3.11 ...')
+        raise SetupError(
+            'Python 3.11 to 3.13 is needed, this is '
+            f'{sys.version.split()[0]}; run make PYTHON=python3.11 ...'
+        )
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / 'lock', 'w') as lock:
         try:
@@ -70,28 +75,41 @@ def install(pins):
 
 
 def create_venv():
-    if PYTHON.exists() and subprocess.run(
-        [PYTHON, '-m', 'pip', '--version'], capture_output=True).returncode == 0:
+    if (
+        PYTHON.exists()
+        and subprocess.run(
+            [PYTHON, '-m', 'pip', '--version'], capture_output=True
+        ).returncode
+        == 0
+    ):
         version = subprocess.run(
             [PYTHON, '-c', 'import sys; print(sys.version_info[:2])'],
-            capture_output=True, text=True).stdout.strip()
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
         if version == str(sys.version_info[:2]):
             return
     say(f'Creating {VENV}')
-    result = subprocess.run([sys.executable, '-m', 'venv', '--clear', VENV],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, '-m', 'venv', '--clear', VENV], capture_output=True, text=True
+    )
     if result.returncode:
-        raise SetupError('python could not create a virtual environment; on Debian and '
-                         'Ubuntu run: apt-get install python3-venv')
+        raise SetupError(
+            'python could not create a virtual environment; on Debian and '
+            'Ubuntu run: apt-get install python3-venv'
+        )
 
 
 def mmcv_wheel(pins) -> Path:
     """The wheel of mmcv with its ops, compiled now if the cache has none."""
-    probe = ('import torch; from torch.utils.cpp_extension import CUDA_HOME; '
-             'print("cu" + torch.version.cuda if CUDA_HOME and torch.cuda.is_available() '
-             'else "cpu")')
-    device = subprocess.run([PYTHON, '-c', probe], capture_output=True,
-                            text=True).stdout.strip()
+    probe = (
+        'import torch; from torch.utils.cpp_extension import CUDA_HOME; '
+        'print("cu" + torch.version.cuda if CUDA_HOME and torch.cuda.is_available() '
+        'else "cpu")'
+    )
+    device = subprocess.run(
+        [PYTHON, '-c', probe], capture_output=True, text=True
+    ).stdout.strip()
     tag = f'cp{sys.version_info[0]}{sys.version_info[1]}-{sysconfig.get_platform()}'
     folder = CACHE / 'wheels' / f'mmcv{pins[MMCV]}-torch{pins["torch"]}-{device}-{tag}'
     wheels = list(folder.glob('*.whl'))
@@ -99,22 +117,38 @@ def mmcv_wheel(pins) -> Path:
         say(f'Using the compiled ops of mmcv in {folder}')
         return wheels[0]
     if not shutil.which(os.environ.get('CXX', 'g++')):
-        raise SetupError('mmcv needs a C++ compiler, and there is no g++; on Debian and '
-                         'Ubuntu run: apt-get install g++ python3-dev')
+        raise SetupError(
+            'mmcv needs a C++ compiler, and there is no g++; on Debian and '
+            'Ubuntu run: apt-get install g++ python3-dev'
+        )
     if not (Path(sysconfig.get_path('include')) / 'Python.h').exists():
-        raise SetupError('mmcv needs the headers of Python; on Debian and Ubuntu run: '
-                         'apt-get install python3-dev')
+        raise SetupError(
+            'mmcv needs the headers of Python; on Debian and Ubuntu run: '
+            'apt-get install python3-dev'
+        )
     jobs = os.environ.get('MAX_JOBS') or str(os.cpu_count() or 1)
     say(f"Compiling mmcv's ops for {device}, once (about 17 minutes on 2 cores)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # built beside its place and moved there whole, so an interrupted build leaves none
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temp:
-        env = dict(os.environ, MMCV_WITH_OPS='1', MAX_JOBS=jobs,
-                   PATH=f'{PYTHON.parent}{os.pathsep}{os.environ["PATH"]}')
+        env = dict(
+            os.environ,
+            MMCV_WITH_OPS='1',
+            MAX_JOBS=jobs,
+            PATH=f'{PYTHON.parent}{os.pathsep}{os.environ["PATH"]}',
+        )
         if device == 'cpu':  # a GPU without nvcc must not be found by the build
             env['CUDA_VISIBLE_DEVICES'] = ''
-        pip('wheel', '--no-deps', '--no-build-isolation', '--no-cache-dir', '-w', temp,
-            f'{MMCV}=={pins[MMCV]}', env=env)
+        pip(
+            'wheel',
+            '--no-deps',
+            '--no-build-isolation',
+            '--no-cache-dir',
+            '-w',
+            temp,
+            f'{MMCV}=={pins[MMCV]}',
+            env=env,
+        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temp, folder)
     return next(folder.glob('*.whl'))
@@ -126,8 +160,11 @@ def pip(*arguments, env=None):
     start = time.monotonic()
     with open(log, 'w') as out:
         process = subprocess.Popen(
-            [PYTHON, '-m', 'pip', '--disable-pip-version-check', *arguments], env=env,
-            stdout=out, stderr=subprocess.STDOUT)
+            [PYTHON, '-m', 'pip', '--disable-pip-version-check', *arguments],
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
         try:
             while True:
                 try:
@@ -143,22 +180,28 @@ def pip(*arguments, env=None):
     if code:
         output = log.read_text(errors='replace')
         if NO_NETWORK.search(output):
-            raise SetupError('pip cannot reach the package index: no network? Connect, or '
-                             f'set PIP_INDEX_URL, and run this again (log: {log})')
+            raise SetupError(
+                'pip cannot reach the package index: no network? Connect, or '
+                f'set PIP_INDEX_URL, and run this again (log: {log})'
+            )
         if 'No space left on device' in output:
-            raise SetupError(f'the disk is full; free some space and run this again '
-                             f'(log: {log})')
+            raise SetupError(
+                f'the disk is full; free some space and run this again (log: {log})'
+            )
         errors = [line for line in output.splitlines() if 'error' in line.lower()]
-        raise SetupError(f'pip {arguments[0]} failed: {(errors or ["?"])[-1].strip()} '
-                         f'(log: {log})')
+        raise SetupError(
+            f'pip {arguments[0]} failed: {(errors or ["?"])[-1].strip()} (log: {log})'
+        )
 
 
 def check_disk(path: Path):
     free = shutil.disk_usage(path).free / GIB
     used = sum(1 for _ in VENV.glob('lib/*/site-packages/torch/version.py'))
     if free < (2 if used else NEEDED_GIB):
-        raise SetupError(f'{free:.1f} GB are free at {path}, the set-up needs about '
-                         f'{NEEDED_GIB} GB; free some space or clone elsewhere')
+        raise SetupError(
+            f'{free:.1f} GB are free at {path}, the set-up needs about '
+            f'{NEEDED_GIB} GB; free some space or clone elsewhere'
+        )
 
 
 def say(text: str):

@@ -11,12 +11,20 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument('--out', help='save predictions: a .pkl file from a detector, a '
-                        'folder of label maps from a segmentor')
-    parser.add_argument('--show-dir', help='save pictures of the predictions in this folder')
-    parser.add_argument('--tta', action='store_true',
-                        help='test-time augmentation: several scales, and flipped (boxes '
-                        'only for detectors)')
+    parser.add_argument(
+        '--out',
+        help='save predictions: a .pkl file from a detector, a '
+        'folder of label maps from a segmentor',
+    )
+    parser.add_argument(
+        '--show-dir', help='save pictures of the predictions in this folder'
+    )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation: several scales, and flipped (boxes '
+        'only for detectors)',
+    )
     cli.add_shared_arguments(parser)
     return parser.parse_args()
 
@@ -56,12 +64,15 @@ def main():
 def use_test_time_augmentation(cfg):
     """Wrap the model and replace the test pipeline, as the config's tta_* entries say."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        raise cli.UserError('--tta needs tta_model and tta_pipeline in the config; see '
-                            'configs/_base_')
+        raise cli.UserError(
+            '--tta needs tta_model and tta_pipeline in the config; see configs/_base_'
+        )
     roi_head = cfg.model.get('roi_head') or {}
     if roi_head.get('mask_head'):
-        print('MMDetection cannot merge the masks of augmented images: with --tta, boxes '
-              'are predicted and evaluated, masks are left out.')
+        print(
+            'MMDetection cannot merge the masks of augmented images: with --tta, boxes '
+            'are predicted and evaluated, masks are left out.'
+        )
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         cfg.test_evaluator.metric = 'bbox'
     cfg.tta_model.module = cfg.model

@@ -9,14 +9,22 @@ def parse_args():
     cli.require_toolbox_packages('mmengine')
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='PATH',
-                        help='go on from PATH or, without it, from the latest checkpoint in '
-                        'the work dir')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='go on from PATH or, without it, from the latest checkpoint in the work dir',
+    )
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate with the number of GPUs and images')
-    parser.add_argument('--no-pretrained', action='store_true',
-                        help='start from random weights')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate with the number of GPUs and images',
+    )
+    parser.add_argument(
+        '--no-pretrained', action='store_true', help='start from random weights'
+    )
     cli.add_shared_arguments(parser)
     return parser.parse_args()
 
@@ -35,8 +43,10 @@ def main():
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
-            raise cli.UserError(f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
-                                f'{args.config}: the batch size that its rates are for')
+            raise cli.UserError(
+                f'--auto-scale-lr needs auto_scale_lr.base_batch_size in '
+                f'{args.config}: the batch size that its rates are for'
+            )
         cfg.auto_scale_lr.enable = True
     checkpoint = args.resume
     if args.resume:

@@ -1,7 +1,8 @@
 _base_ = [
     '../_base_/models/cascade_mask_rcnn_overlock.py',
-    '../_base_/datasets/coco_instance_multiscale.py', '../_base_/schedules/coco_3x.py',
-    '../_base_/detection_runtime.py'
+    '../_base_/datasets/coco_instance_multiscale.py',
+    '../_base_/schedules/coco_3x.py',
+    '../_base_/detection_runtime.py',
 ]
 model = dict(
     backbone=dict(
@@ -10,5 +11,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
-            'overlock_b_in1k_224.pth')),
-    neck=dict(in_channels=[80, 160, 528, 720]))
+            'overlock_b_in1k_224.pth',
+        ),
+    ),
+    neck=dict(in_channels=[80, 160, 528, 720]),
+)

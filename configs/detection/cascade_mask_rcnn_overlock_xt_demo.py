@@ -2,8 +2,9 @@
 # are those of the real config, made smaller.
 _base_ = [
     '../_base_/models/cascade_mask_rcnn_overlock.py',
-    '../_base_/datasets/demo_detection.py', '../_base_/schedules/coco_1x.py',
-    '../_base_/detection_runtime.py'
+    '../_base_/datasets/demo_detection.py',
+    '../_base_/schedules/coco_1x.py',
+    '../_base_/detection_runtime.py',
 ]
 bbox_heads = _base_.model.roi_head.bbox_head
 for head in bbox_heads:
@@ -17,17 +18,17 @@ model = dict(
     neck=dict(in_channels=[56, 112, 340, 420]),
     roi_head=dict(
         bbox_head=bbox_heads,
-        mask_head=dict(num_classes=9, num_convs=2, conv_out_channels=64)),
+        mask_head=dict(num_classes=9, num_convs=2, conv_out_channels=64),
+    ),
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=500), rcnn=stages),
-    test_cfg=dict(
-        rpn=dict(nms_pre=500, max_per_img=200), rcnn=dict(max_per_img=30)))
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200), rcnn=dict(max_per_img=30)),
+)
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=30),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=10, milestones=[7, 9], gamma=0.1),
 ]
 train_cfg = dict(max_epochs=10, val_interval=5)
-default_hooks = dict(
-    logger=dict(interval=8), checkpoint=dict(interval=1, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=1, max_keep_ckpts=1))
 log_processor = dict(window_size=8)
 randomness = dict(seed=0)

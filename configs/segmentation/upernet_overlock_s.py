@@ -1,6 +1,8 @@
 _base_ = [
-    '../_base_/models/upernet_overlock.py', '../_base_/datasets/ade20k.py',
-    '../_base_/schedules/ade20k_160k.py', '../_base_/segmentation_runtime.py'
+    '../_base_/models/upernet_overlock.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/ade20k_160k.py',
+    '../_base_/segmentation_runtime.py',
 ]
 model = dict(
     backbone=dict(
@@ -9,6 +11,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
-            'overlock_s_in1k_224.pth')),
+            'overlock_s_in1k_224.pth',
+        ),
+    ),
     decode_head=dict(in_channels=[64, 128, 448, 640]),
-    auxiliary_head=dict(in_channels=448))
+    auxiliary_head=dict(in_channels=448),
+)

@@ -1,7 +1,9 @@
 # No OverLoCK-XT was released for this task; its stochastic depth is this project's choice.
 _base_ = [
-    '../_base_/models/upernet_overlock.py', '../_base_/datasets/ade20k.py',
-    '../_base_/schedules/ade20k_160k.py', '../_base_/segmentation_runtime.py'
+    '../_base_/models/upernet_overlock.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/ade20k_160k.py',
+    '../_base_/segmentation_runtime.py',
 ]
 model = dict(
     backbone=dict(
@@ -10,6 +12,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
-            'overlock_xt_in1k_224.pth')),
+            'overlock_xt_in1k_224.pth',
+        ),
+    ),
     decode_head=dict(in_channels=[56, 112, 340, 420]),
-    auxiliary_head=dict(in_channels=340))
+    auxiliary_head=dict(in_channels=340),
+)

@@ -1,17 +1,20 @@
 # A few minutes on two CPU cores, from scratch: a check that everything works.
 _base_ = [
-    '../_base_/models/upernet_overlock.py', '../_base_/datasets/demo_segmentation.py',
-    '../_base_/segmentation_runtime.py'
+    '../_base_/models/upernet_overlock.py',
+    '../_base_/datasets/demo_segmentation.py',
+    '../_base_/segmentation_runtime.py',
 ]
 model = dict(
     data_preprocessor=dict(size=(160, 160)),
     backbone=dict(arch='xt', drop_path_rate=0.0),
     decode_head=dict(in_channels=[56, 112, 340, 420], channels=128, num_classes=10),
-    auxiliary_head=dict(in_channels=340, channels=64, num_classes=10))
+    auxiliary_head=dict(in_channels=340, channels=64, num_classes=10),
+)
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-4, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0)}))
+    paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0)}),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=20),
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=20, end=240),
@@ -20,5 +23,6 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=240, val_interval=80)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=80, max_keep_ckpts=1))
+    logger=dict(interval=10), checkpoint=dict(interval=80, max_keep_ckpts=1)
+)
 randomness = dict(seed=0)

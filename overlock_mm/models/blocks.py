@@ -6,8 +6,14 @@ from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
 from ..ops import contmix
-from .layers import (DilatedReparamBlock, GlobalResponseNorm, LayerScale, ResDWConv,
-                     SqueezeExcite, resize)
+from .layers import (
+    DilatedReparamBlock,
+    GlobalResponseNorm,
+    LayerScale,
+    ResDWConv,
+    SqueezeExcite,
+    resize,
+)
 
 # ContMix: the small kernel beside the large one, and the grid of context regions.
 SMALL_KERNEL = 5
@@ -28,9 +34,15 @@ class RepConvBlock(nn.Module):
         deploy: build the deploy form.
     """
 
-    def __init__(self, dim: int, kernel_size: int, mlp_ratio: int = 4,
-                 layer_scale: bool = False, drop_path: float = 0.0,
-                 deploy: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        mlp_ratio: int = 4,
+        layer_scale: bool = False,
+        drop_path: float = 0.0,
+        deploy: bool = False,
+    ):
         super().__init__()
         hidden = mlp_ratio * dim
         self.dwconv = ResDWConv(dim)
@@ -69,9 +81,18 @@ class DynamicConvBlock(nn.Module):
         deploy: build the deploy form.
     """
 
-    def __init__(self, dim: int, context_dim: int, kernel_size: int, num_heads: int,
-                 mlp_ratio: int = 3, is_first: bool = False, is_last: bool = False,
-                 drop_path: float = 0.0, deploy: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        kernel_size: int,
+        num_heads: int,
+        mlp_ratio: int = 3,
+        is_first: bool = False,
+        is_last: bool = False,
+        drop_path: float = 0.0,
+        deploy: bool = False,
+    ):
         super().__init__()
         joint, hidden = dim + context_dim, mlp_ratio * dim
         self.split = (dim, context_dim)
@@ -94,15 +115,17 @@ class DynamicConvBlock(nn.Module):
         )
         self.weight_query = _conv_bn(dim, dim // 2)
         self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(REGIONS), *_conv_bn(context_dim, dim // 2))
-        self.weight_proj = nn.Conv2d(
-            REGIONS**2, sum(k * k for k in self.kernel_sizes), 1)
+            nn.AdaptiveAvgPool2d(REGIONS), *_conv_bn(context_dim, dim // 2)
+        )
+        self.weight_proj = nn.Conv2d(REGIONS**2, sum(k * k for k in self.kernel_sizes), 1)
         self.rpb1, self.rpb2 = (
             nn.Parameter(torch.zeros(self.num_heads, 2 * k - 1, 2 * k - 1))
-            for k in self.kernel_sizes)
+            for k in self.kernel_sizes
+        )
         self.dyconv_proj = _conv_bn(dim, dim)
         self.lepe = nn.Sequential(
-            DilatedReparamBlock(dim, kernel_size, deploy), nn.BatchNorm2d(dim))
+            DilatedReparamBlock(dim, kernel_size, deploy), nn.BatchNorm2d(dim)
+        )
         self.se_layer = SqueezeExcite(dim)
         self.gate = nn.Sequential(*_conv_bn(dim, dim), nn.SiLU())
         self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, joint, 1))
@@ -120,8 +143,9 @@ class DynamicConvBlock(nn.Module):
         self.ls2 = LayerScale(joint)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, context: Tensor,
-                initial_context: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, initial_context: Tensor
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Run the block.
 
         Args:
@@ -152,8 +176,7 @@ class DynamicConvBlock(nn.Module):
         enlarged = min(size) < large
         if enlarged:
             # bring the short side to the kernel size, the long side in proportion
-            grown = [large if s == min(size) else int(large / min(size) * s)
-                     for s in size]
+            grown = [large if s == min(size) else int(large / min(size) * s) for s in size]
             joint, value = resize(joint, grown), resize(value, grown)
         x, context = joint.split(self.split, dim=1)
         head_dim = self.split[0] // self.num_heads
@@ -161,12 +184,15 @@ class DynamicConvBlock(nn.Module):
         key = self.weight_key(context).flatten(2)
         out = contmix(
             query.unflatten(1, (self.num_heads, -1)),
-            key.unflatten(1, (self.num_heads, -1)), value,
-            self.weight_proj.weight.flatten(1), self.weight_proj.bias,
-            (self.rpb1, self.rpb2), self.kernel_sizes)
+            key.unflatten(1, (self.num_heads, -1)),
+            value,
+            self.weight_proj.weight.flatten(1),
+            self.weight_proj.bias,
+            (self.rpb1, self.rpb2),
+            self.kernel_sizes,
+        )
         return F.adaptive_avg_pool2d(out, size) if enlarged else out
 
 
 def _conv_bn(in_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim))
+    return nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim))

@@ -94,18 +94,22 @@ class DilatedReparamBlock(nn.Module):
     def __init__(self, dim: int, kernel_size: int, deploy: bool = False):
         super().__init__()
         if kernel_size not in DILATED_BRANCHES:
-            raise ValueError(f'kernel_size={kernel_size} has no dilated branches; choose '
-                             f'one of {sorted(DILATED_BRANCHES)}')
+            raise ValueError(
+                f'kernel_size={kernel_size} has no dilated branches; choose '
+                f'one of {sorted(DILATED_BRANCHES)}'
+            )
         self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
         self.deploy = deploy
         self.lk_origin = nn.Conv2d(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy)
+            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy
+        )
         if deploy:
             return
         self.origin_bn = nn.BatchNorm2d(dim)
         for k, r in self.branches:
             conv = nn.Conv2d(
-                dim, dim, k, padding=r * (k - 1) // 2, dilation=r, groups=dim, bias=False)
+                dim, dim, k, padding=r * (k - 1) // 2, dilation=r, groups=dim, bias=False
+            )
             self.add_module(f'dil_conv_k{k}_{r}', conv)
             self.add_module(f'dil_bn_k{k}_{r}', nn.BatchNorm2d(dim))
 
@@ -141,8 +145,14 @@ class DilatedReparamBlock(nn.Module):
             delattr(self, f'dil_bn_k{k}_{r}')
         del self.origin_bn
         self.lk_origin = nn.Conv2d(
-            old.in_channels, old.out_channels, old.kernel_size, padding=old.padding,
-            groups=old.groups, device=kernel.device, dtype=old.weight.dtype)
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            padding=old.padding,
+            groups=old.groups,
+            device=kernel.device,
+            dtype=old.weight.dtype,
+        )
         self.lk_origin.weight.copy_(kernel)
         self.lk_origin.bias.copy_(bias)
         self.lk_origin.train(self.training)

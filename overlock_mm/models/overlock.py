@@ -1,5 +1,6 @@
 """The OverLoCK backbone (https://arxiv.org/abs/2502.20087)."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -21,8 +22,14 @@ _MIN_SIDE = 32
 # The parts that only the map of this index and later ones need.
 _PARTS_FROM = {
     1: ('patch_embed2', 'blocks2'),
-    2: ('patch_embed3', 'blocks3', 'patch_embed4', 'blocks4', 'high_level_proj',
-        'sub_blocks3'),
+    2: (
+        'patch_embed3',
+        'blocks3',
+        'patch_embed4',
+        'blocks4',
+        'high_level_proj',
+        'sub_blocks3',
+    ),
     3: ('patch_embedx', 'sub_blocks4'),
 }
 
@@ -82,6 +89,7 @@ class OverLoCK(BaseModule):
         True
     """
 
+    # fmt: off
     arch_settings = {
         **dict.fromkeys(['xt', 'extreme-tiny'], dict(
             depths=(2, 2, 3, 2), focus_depths=(6, 2), embed_dims=(56, 112, 256, 336),
@@ -95,7 +103,8 @@ class OverLoCK(BaseModule):
         **dict.fromkeys(['b', 'base'], dict(
             depths=(8, 8, 10, 4), focus_depths=(20, 4), embed_dims=(80, 160, 384, 576),
             kernel_sizes=(17, 15, 13, 7), focus_heads=(6, 9))),
-    }  # yapf: disable
+    }
+    # fmt: on
     strides = (4, 8, 16, 32)
 
     @classmethod
@@ -105,9 +114,19 @@ class OverLoCK(BaseModule):
         context_dim = dims[3] // 4
         return dims[0], dims[1], dims[2] + context_dim, dims[3] + context_dim
 
-    def __init__(self, arch='t', in_channels=3, out_indices=(0, 1, 2, 3),
-                 context_skip=False, drop_path_rate=0.0, frozen_stages=-1,
-                 norm_eval=False, with_cp=False, deploy=False, init_cfg=None):
+    def __init__(
+        self,
+        arch: str | dict = 't',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        context_skip: bool = False,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool | Sequence[int] = False,
+        deploy: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ):
         super().__init__(init_cfg)
         settings = self._settings(arch)
         dims, kernels = settings['embed_dims'], settings['kernel_sizes']
@@ -116,8 +135,10 @@ class OverLoCK(BaseModule):
         channels = self.channels_of(arch)
         out_indices = tuple(out_indices)
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
-            raise ValueError(f'out_indices={out_indices} must be increasing and within '
-                             '0..3, for instance (0, 1, 2, 3)')
+            raise ValueError(
+                f'out_indices={out_indices} must be increasing and within '
+                '0..3, for instance (0, 1, 2, 3)'
+            )
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate} must be in [0, 1)')
         if frozen_stages not in range(-1, 5):
@@ -142,17 +163,30 @@ class OverLoCK(BaseModule):
 
         def stage(i):
             return nn.ModuleList(
-                RepConvBlock(dims[i], kernels[i], layer_scale=i >= 2,
-                             drop_path=next(rates), deploy=deploy)
-                for _ in range(depths[i]))
+                RepConvBlock(
+                    dims[i],
+                    kernels[i],
+                    layer_scale=i >= 2,
+                    drop_path=next(rates),
+                    deploy=deploy,
+                )
+                for _ in range(depths[i])
+            )
 
         def focus_stage(i):
             return nn.ModuleList(
-                DynamicConvBlock(dims[i + 2], context_dim, kernels[i + 2], heads[i],
-                                 is_first=i == 0 and j == 0,
-                                 is_last=i == 1 and j == focus_depths[1] - 1,
-                                 drop_path=next(rates), deploy=deploy)
-                for j in range(focus_depths[i]))
+                DynamicConvBlock(
+                    dims[i + 2],
+                    context_dim,
+                    kernels[i + 2],
+                    heads[i],
+                    is_first=i == 0 and j == 0,
+                    is_last=i == 1 and j == focus_depths[1] - 1,
+                    drop_path=next(rates),
+                    deploy=deploy,
+                )
+                for j in range(focus_depths[i])
+            )
 
         # Base-Net
         self.patch_embed1 = _stem(in_channels, dims[0])
@@ -170,20 +204,24 @@ class OverLoCK(BaseModule):
             self.high_level_proj = nn.Conv2d(dims[3], context_dim, 1)
             self.sub_blocks3 = focus_stage(0)
         if deepest == 3:
-            self.patch_embedx = nn.ModuleDict(dict(
-                x_proj=_downsample(dims[2], dims[3]),
-                h_proj=_downsample(context_dim, context_dim)))
+            self.patch_embedx = nn.ModuleDict(
+                dict(
+                    x_proj=_downsample(dims[2], dims[3]),
+                    h_proj=_downsample(context_dim, context_dim),
+                )
+            )
             self.sub_blocks4 = focus_stage(1)
 
         # Output norms. Stage 3 reads the normed second map.
         needed = {*out_indices, *((1,) if deepest >= 2 else ())}
         self.extra_norm = nn.ModuleList(
-            LayerNorm2d(c) if i in needed else nn.Identity()
-            for i, c in enumerate(channels))
+            LayerNorm2d(c) if i in needed else nn.Identity() for i, c in enumerate(channels)
+        )
         if context_skip and deepest == 3:
             self.extra_norm.append(LayerNorm2d(dims[3]))
             self.h_proj = nn.Sequential(
-                nn.Conv2d(dims[3], channels[3], 1), LayerScale(channels[3], 1e-5))
+                nn.Conv2d(dims[3], channels[3], 1), LayerScale(channels[3], 1e-5)
+            )
 
         self.apply(_init_weights)
         self._freeze_stages()
@@ -206,7 +244,8 @@ class OverLoCK(BaseModule):
             raise ValueError(
                 f'OverLoCK takes images (N, {self.in_channels}, H, W) with H and W at '
                 f'least {_MIN_SIDE}, got {tuple(x.shape)}; resize or pad the images, or '
-                'set in_channels')
+                'set in_channels'
+            )
         deepest, maps = self.out_indices[-1], {}
 
         x = self._base_stage(0, self.patch_embed1(x))
@@ -219,7 +258,8 @@ class OverLoCK(BaseModule):
             overview = self._base_stage(3, self.patch_embed4(x))
             initial = self.high_level_proj(overview)
             x, context = self._focus_stage(
-                self.sub_blocks3, x, resize(initial, x.shape[2:]))
+                self.sub_blocks3, x, resize(initial, x.shape[2:])
+            )
             maps[2] = self.extra_norm[2](torch.cat((x, context), dim=1))
         if deepest == 3:
             x = self.patch_embedx['x_proj'](x)
@@ -245,8 +285,11 @@ class OverLoCK(BaseModule):
     def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
         if stage in self.with_cp and torch.is_grad_enabled():
             return checkpoint(
-                block, *inputs, use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _statistics_kept(block)))
+                block,
+                *inputs,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _statistics_kept(block)),
+            )
         return block(*inputs)
 
     def switch_to_deploy(self) -> None:
@@ -293,9 +336,11 @@ class OverLoCK(BaseModule):
         if self.frozen_stages == 4:
             frozen = list(self.children())
         else:
-            frozen = [getattr(self, f'{name}{i + 1}', None)
-                      for i in range(self.frozen_stages + 1)
-                      for name in ('patch_embed', 'blocks')]
+            frozen = [
+                getattr(self, f'{name}{i + 1}', None)
+                for i in range(self.frozen_stages + 1)
+                for name in ('patch_embed', 'blocks')
+            ]
             if self.frozen_stages >= 2:
                 frozen.append(self.extra_norm[1])
         for module in frozen:
@@ -305,10 +350,17 @@ class OverLoCK(BaseModule):
     def absent_parts(self) -> tuple[str, ...]:
         """Prefixes of the state-dict entries that ``out_indices`` leaves out."""
         deepest = self.out_indices[-1]
-        parts = [part for depth, names in _PARTS_FROM.items() if depth > deepest
-                 for part in names]
-        parts += [f'extra_norm.{i}' for i, norm in enumerate(self.extra_norm)
-                  if isinstance(norm, nn.Identity)]
+        parts = [
+            part
+            for depth, names in _PARTS_FROM.items()
+            if depth > deepest
+            for part in names
+        ]
+        parts += [
+            f'extra_norm.{i}'
+            for i, norm in enumerate(self.extra_norm)
+            if isinstance(norm, nn.Identity)
+        ]
         if self.context_skip and deepest < 3:
             parts += ['extra_norm.4', 'h_proj']
         return tuple(f'{part}.' for part in parts)
@@ -317,19 +369,28 @@ class OverLoCK(BaseModule):
     def _settings(cls, arch: str | dict) -> dict:
         if isinstance(arch, str):
             if arch not in cls.arch_settings:
-                raise ValueError(f'arch={arch!r} is none of {sorted(cls.arch_settings)}; '
-                                 f'or give a dict with {sorted(_ARCH_FIELDS)}')
+                raise ValueError(
+                    f'arch={arch!r} is none of {sorted(cls.arch_settings)}; '
+                    f'or give a dict with {sorted(_ARCH_FIELDS)}'
+                )
             return cls.arch_settings[arch]
         given = {k: len(v) for k, v in arch.items()}
         if given != _ARCH_FIELDS:
-            raise ValueError(f'an arch dict needs exactly these fields and lengths: '
-                             f'{_ARCH_FIELDS}, got {given}')
+            raise ValueError(
+                f'an arch dict needs exactly these fields and lengths: '
+                f'{_ARCH_FIELDS}, got {given}'
+            )
         dims, heads = arch['embed_dims'], arch['focus_heads']
-        if dims[0] % 2 or dims[3] % 4 or any(d % (4 * h) for d, h in zip(dims[2:], heads)):
+        if (
+            dims[0] % 2
+            or dims[3] % 4
+            or any(d % (4 * h) for d, h in zip(dims[2:], heads, strict=True))
+        ):
             raise ValueError(
                 f'embed_dims={tuple(dims)} must be even in stage 1, a multiple of 4 in '
                 'stage 4, and of 4 * focus_heads in stages 3 and 4, with focus_heads='
-                f'{tuple(heads)}')
+                f'{tuple(heads)}'
+            )
         return {k: tuple(v) for k, v in arch.items()}
 
 
@@ -337,16 +398,25 @@ def _stem(in_channels: int, dim: int) -> nn.Sequential:
     conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
     half = dim // 2
     return nn.Sequential(
-        conv(in_channels, half, stride=2), nn.BatchNorm2d(half), nn.GELU(),
-        conv(half, half), nn.BatchNorm2d(half), nn.GELU(),
-        conv(half, dim, stride=2), nn.BatchNorm2d(dim), nn.GELU(),
-        conv(dim, dim), nn.BatchNorm2d(dim))
+        conv(in_channels, half, stride=2),
+        nn.BatchNorm2d(half),
+        nn.GELU(),
+        conv(half, half),
+        nn.BatchNorm2d(half),
+        nn.GELU(),
+        conv(half, dim, stride=2),
+        nn.BatchNorm2d(dim),
+        nn.GELU(),
+        conv(dim, dim),
+        nn.BatchNorm2d(dim),
+    )
 
 
 def _downsample(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(out_dim))
+        nn.BatchNorm2d(out_dim),
+    )
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -358,13 +428,13 @@ def _init_weights(module: nn.Module) -> None:
 
 @contextmanager
 def _statistics_kept(module: nn.Module):
-    """Keep a recomputation from updating running statistics a second time."""
-    norms = [m for m in module.modules()
-             if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    """Let a recomputation update copies of the running statistics, not them again."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        norm._buffers.update({k: v.clone() for k, v in buffers.items() if v is not None})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)

@@ -8,9 +8,15 @@ from torch import Tensor
 _TILE = 24
 
 
-def contmix(query: Tensor, key: Tensor, value: Tensor, proj_weight: Tensor,
-            proj_bias: Tensor, rpbs: list[Tensor],
-            kernel_sizes: tuple[int, ...]) -> Tensor:
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    rpbs: list[Tensor],
+    kernel_sizes: tuple[int, ...],
+) -> Tensor:
     """Mix ``value`` with kernels that every position makes from its context.
 
     The affinity of a position to the L regions of the key is projected to the
@@ -50,8 +56,13 @@ def contmix(query: Tensor, key: Tensor, value: Tensor, proj_weight: Tensor,
     taps = [k * k for k in kernel_sizes]
     outputs = []
     for k, v, weight, bias, rpb in zip(
-            kernel_sizes, value.chunk(len(kernel_sizes), dim=1),
-            proj_weight.split(taps), proj_bias.split(taps), rpbs):
+        kernel_sizes,
+        value.chunk(len(kernel_sizes), dim=1),
+        proj_weight.split(taps),
+        proj_bias.split(taps),
+        rpbs,
+        strict=True,
+    ):
         rows = _window_starts(height, k, value.device)
         cols = _window_starts(width, k, value.device)
         tap_keys = key @ weight.t()  # (N, G, c, k*k)
@@ -72,18 +83,25 @@ def _check(query, value, proj_weight, rpbs, kernel_sizes):
             raise ValueError(
                 f'kernel_sizes={tuple(kernel_sizes)}: every kernel must be odd and at '
                 f'most the shorter side of the {height}x{width} map; resize the map or '
-                'choose a smaller kernel')
+                'choose a smaller kernel'
+            )
     expected = [(heads, 2 * k - 1, 2 * k - 1) for k in kernel_sizes]
     if [tuple(r.shape) for r in rpbs] != expected:
-        raise ValueError(f'rpbs must have the shapes {expected} for {heads} heads and '
-                         f'kernel_sizes={tuple(kernel_sizes)}, got '
-                         f'{[tuple(r.shape) for r in rpbs]}')
+        raise ValueError(
+            f'rpbs must have the shapes {expected} for {heads} heads and '
+            f'kernel_sizes={tuple(kernel_sizes)}, got '
+            f'{[tuple(r.shape) for r in rpbs]}'
+        )
     if proj_weight.shape[0] != sum(k * k for k in kernel_sizes):
-        raise ValueError(f'proj_weight has {proj_weight.shape[0]} rows, but kernel_sizes='
-                         f'{tuple(kernel_sizes)} need {sum(k * k for k in kernel_sizes)}')
+        raise ValueError(
+            f'proj_weight has {proj_weight.shape[0]} rows, but kernel_sizes='
+            f'{tuple(kernel_sizes)} need {sum(k * k for k in kernel_sizes)}'
+        )
     if value.shape[1] % (heads * len(kernel_sizes)):
-        raise ValueError(f'value has {value.shape[1]} channels, which {heads} heads times '
-                         f'{len(kernel_sizes)} kernels do not divide')
+        raise ValueError(
+            f'value has {value.shape[1]} channels, which {heads} heads times '
+            f'{len(kernel_sizes)} kernels do not divide'
+        )
 
 
 def _window_starts(size: int, k: int, device: torch.device) -> Tensor:
@@ -103,8 +121,7 @@ def _window_bias(rpb: Tensor, rows: Tensor, cols: Tensor, k: int) -> Tensor:
     return bias.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)
 
 
-def _aggregate(attn: Tensor, value: Tensor, rows: Tensor, cols: Tensor,
-               k: int) -> Tensor:
+def _aggregate(attn: Tensor, value: Tensor, rows: Tensor, cols: Tensor, k: int) -> Tensor:
     """Weigh windows: attn (N, G, H, W, k, k), value (N, G, H, W, d) -> as value."""
     n, heads, height, width = attn.shape[:4]
     taps = torch.arange(k, device=attn.device)

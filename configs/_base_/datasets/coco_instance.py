@@ -1,14 +1,16 @@
 data_root = 'data/coco/'
 # what the tools say when the folder is not there
-data_source = ('COCO 2017: unpack train2017.zip, val2017.zip and '
-               'annotations_trainval2017.zip, from https://cocodataset.org/#download, in '
-               'data/coco')
+data_source = (
+    'COCO 2017: unpack train2017.zip, val2017.zip and '
+    'annotations_trainval2017.zip, from https://cocodataset.org/#download, in '
+    'data/coco'
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs')
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -16,22 +18,36 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
 ]
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
         type='TestTimeAug',
         transforms=[
-            [dict(type='Resize', scale=(1333, short), keep_ratio=True)
-             for short in (640, 800, 960)],
+            [
+                dict(type='Resize', scale=(1333, short), keep_ratio=True)
+                for short in (640, 800, 960)
+            ],
             [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)],
             [dict(type='LoadAnnotations', with_bbox=True)],
-            [dict(
-                type='PackDetInputs',
-                meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor',
-                           'flip', 'flip_direction'))],
-        ])
+            [
+                dict(
+                    type='PackDetInputs',
+                    meta_keys=(
+                        'img_id',
+                        'img_path',
+                        'ori_shape',
+                        'img_shape',
+                        'scale_factor',
+                        'flip',
+                        'flip_direction',
+                    ),
+                )
+            ],
+        ],
+    ),
 ]
 train_dataloader = dict(
     batch_size=2,
@@ -45,7 +61,9 @@ train_dataloader = dict(
         ann_file='annotations/instances_train2017.json',
         data_prefix=dict(img='train2017/'),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -58,11 +76,14 @@ val_dataloader = dict(
         ann_file='annotations/instances_val2017.json',
         data_prefix=dict(img='val2017/'),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(
     type='CocoMetric',
     ann_file=data_root + 'annotations/instances_val2017.json',
     metric=['bbox', 'segm'],
-    format_only=False)
+    format_only=False,
+)
 test_evaluator = val_evaluator

@@ -3,7 +3,8 @@ _base_ = './coco_instance.py'
 resize = dict(
     type='RandomChoiceResize',
     scales=[(short, 1333) for short in range(480, 801, 32)],
-    keep_ratio=True)
+    keep_ratio=True,
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -16,15 +17,18 @@ train_pipeline = [
                 dict(
                     type='RandomChoiceResize',
                     scales=[(400, 1333), (500, 1333), (600, 1333)],
-                    keep_ratio=True),
+                    keep_ratio=True,
+                ),
                 dict(
                     type='RandomCrop',
                     crop_type='absolute_range',
                     crop_size=(384, 600),
-                    allow_negative_crop=True),
+                    allow_negative_crop=True,
+                ),
                 resize,
             ],
-        ]),
-    dict(type='PackDetInputs')
+        ],
+    ),
+    dict(type='PackDetInputs'),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

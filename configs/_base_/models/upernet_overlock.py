@@ -9,7 +9,8 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        size=(512, 512)),
+        size=(512, 512),
+    ),
     backbone=dict(type='OverLoCK', context_skip=False),
     decode_head=dict(
         type='UPerHead',
@@ -20,7 +21,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(loss_weight=1.0, **loss)),
+        loss_decode=dict(loss_weight=1.0, **loss),
+    ),
     auxiliary_head=dict(
         type='FCNHead',
         in_index=2,
@@ -31,6 +33,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(loss_weight=0.4, **loss)),
+        loss_decode=dict(loss_weight=0.4, **loss),
+    ),
     train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
+    test_cfg=dict(mode='whole'),
+)

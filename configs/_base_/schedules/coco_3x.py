@@ -2,6 +2,8 @@ _base_ = './coco_1x.py'
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
+    dict(
+        type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1
+    ),
 ]
 train_cfg = dict(max_epochs=36)
