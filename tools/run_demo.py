@@ -47,6 +47,7 @@ def main():
     say('4/4 Evaluation')
     pictures = work_dir / 'predictions'
     trained = evaluate(config, checkpoint, work_dir / 'test', '--show-dir', pictures)
+    sheet = contact_sheet(pictures)
     curve = plot_curve(work_dir)
 
     say(f'Done in {(time.monotonic() - start) / 60:.1f} minutes.')
@@ -65,7 +66,8 @@ def main():
             )
     for name, (first, last) in losses(work_dir).items():
         print(f'{name}: {first:.3f} -> {last:.3f}')
-    print(f'Predictions: {pictures}\nCurve: {curve}\nCheckpoint: {checkpoint}')
+    print(f'Labels and predictions side by side: {sheet}, each in {pictures}')
+    print(f'Curve: {curve}\nCheckpoint: {checkpoint}')
 
 
 def say(text):
@@ -133,6 +135,19 @@ def plot_curve(work_dir):
     right.set_ylabel(f'validation {metric}', color='tab:orange')
     path = work_dir / 'curve.png'
     figure.savefig(ROOT / path, dpi=150)
+    return path
+
+
+def contact_sheet(folder, rows=3, columns=2):
+    """Join the first pictures, each of which shows labels and predictions."""
+    paths = sorted((ROOT / folder).rglob('*scene*.png'))[: rows * columns]
+    pictures = [np.array(Image.open(path).convert('RGB')) for path in paths]
+    lines = [
+        np.concatenate(pictures[i : i + columns], axis=1)
+        for i in range(0, len(pictures) - columns + 1, columns)
+    ]
+    path = folder.parent / 'predictions.png'
+    Image.fromarray(np.concatenate(lines)).save(ROOT / path)
     return path
 
 

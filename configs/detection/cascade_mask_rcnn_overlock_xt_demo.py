@@ -15,7 +15,8 @@ for stage in stages:
 del head, stage
 model = dict(
     backbone=dict(arch='xt', drop_path_rate=0.0),
-    neck=dict(in_channels=[56, 112, 340, 420]),
+    # from random weights, a few hundred iterations need a norm in the neck
+    neck=dict(in_channels=[56, 112, 340, 420], norm_cfg=dict(type='BN')),
     roi_head=dict(
         bbox_head=bbox_heads,
         mask_head=dict(num_classes=9, num_convs=2, conv_out_channels=64),
@@ -23,10 +24,10 @@ model = dict(
     train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=500), rcnn=stages),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200), rcnn=dict(max_per_img=30)),
 )
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(optimizer=dict(lr=2e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=30),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=10, milestones=[7, 9], gamma=0.1),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=10, milestones=[8, 9], gamma=0.1),
 ]
 train_cfg = dict(max_epochs=10, val_interval=5)
 default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=1, max_keep_ckpts=1))
