@@ -33,7 +33,7 @@ setup(
             'ftfy',
             'regex',
         ],
-        'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools'],
+        'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools', 'opencv-python'],
         'test': ['pytest>=8', 'ruff'],
     },
     classifiers=[

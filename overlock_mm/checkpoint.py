@@ -37,26 +37,26 @@ def load_pretrained(
     state_dict = CheckpointLoader.load_checkpoint(
         checkpoint, map_location, logger='current'
     )
+    if not isinstance(state_dict, dict):
+        raise RuntimeError(
+            f'{checkpoint} holds a {type(state_dict).__name__}, no state dict'
+        )
     for key in _WRAPPERS:
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
             break
-    prefix = prefix if not prefix or prefix.endswith('.') else f'{prefix}.'
-    state_dict = {
-        k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)
-    }
-    state_dict = {
-        k: v
-        for k, v in state_dict.items()
-        if not k.startswith(_CLASSIFIER + backbone.absent_parts())
-    }
+    prefix = f'{prefix.rstrip(".")}.' if prefix else ''
+    passed_over = _CLASSIFIER + backbone.absent_parts()
+    named = ((k.removeprefix('module.'), v) for k, v in state_dict.items())
+    state_dict = {k.removeprefix(prefix): v for k, v in named if k.startswith(prefix)}
+    state_dict = {k: v for k, v in state_dict.items() if not k.startswith(passed_over)}
 
     own = backbone.state_dict()
     fresh = {k for k in own if k.startswith(_DENSE_ONLY)}
-    if not fresh & set(state_dict):
-        own = {k: v for k, v in own.items() if k not in fresh}
+    if fresh & set(state_dict):  # a dense file: then it holds all of them
+        fresh = set()
     problems = {
-        'missing from the file': [k for k in own if k not in state_dict],
+        'missing from the file': [k for k in own if k not in state_dict and k not in fresh],
         'not in the model': [k for k in state_dict if k not in own],
         'of another shape': [
             f'{k} (file {tuple(state_dict[k].shape)}, model {tuple(v.shape)})'
@@ -76,13 +76,6 @@ def load_pretrained(
             'loaded. ' + '; '.join(lines) + '. Check arch, deploy and context_skip of the '
             'backbone and the prefix in the file.'
         )
-    backbone.load_state_dict(state_dict, strict=not fresh or fresh <= set(state_dict))
-    print_log(
-        f'Loaded {len(state_dict)} entries from {checkpoint}'
-        + (
-            ''
-            if not fresh or fresh <= set(state_dict)
-            else f'; the {len(fresh)} of the output norms start fresh'
-        ),
-        logger='current',
-    )
+    backbone.load_state_dict(state_dict, strict=not fresh)
+    news = f'; the {len(fresh)} of the output norms start fresh' if fresh else ''
+    print_log(f'Loaded {len(state_dict)} entries from {checkpoint}{news}', logger='current')

@@ -5,12 +5,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import distributions
 from pathlib import Path
 
-_TOOLBOXES = {'mmseg': 'MMSegmentation', 'mmdet': 'MMDetection'}
-_INSTALL = (
-    "pip install 'overlock_mm[onedl]' (maintained) or 'overlock_mm[openmmlab]', never both"
-)
+# name, and its packages in the two families that own the same import names
+_TOOLBOXES = {
+    'mmseg': ('MMSegmentation', 'onedl-mmsegmentation', 'mmsegmentation'),
+    'mmdet': ('MMDetection', 'onedl-mmdetection', 'mmdet'),
+    'mmcv': ('mmcv', 'onedl-mmcv', 'mmcv'),
+}
 
 
 class UserError(Exception):
@@ -23,8 +27,15 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.stderr.write(f'error: {error}\n')
+        if is_main_process():
+            sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only or the first process, whatever started it."""
+    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    return next((os.environ[r] for r in ranks if r in os.environ), '0') == '0'
 
 
 def add_shared_arguments(parser) -> None:
@@ -53,12 +64,19 @@ def add_shared_arguments(parser) -> None:
     )
 
 
-def require_toolbox_packages(*packages: str) -> None:
-    """Raise :class:`UserError` if a package that the tools import is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            name = _TOOLBOXES.get(package, package)
-            raise UserError(f'{name} is not installed; {_INSTALL}')
+def _package(name: str) -> str:
+    """The distribution of ``name`` in the family of which something is installed."""
+    _, onedl, openmmlab = _TOOLBOXES[name]
+    installed = {d.metadata['Name'] for d in distributions()}
+    return openmmlab if installed & {'mmengine', 'mmdet', 'mmsegmentation'} else onedl
+
+
+def _require(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f'{_TOOLBOXES[name][0]} is not installed; run: pip install '
+            f'--no-build-isolation {_package(name)}'
+        )
 
 
 def load_config(args):
@@ -75,12 +93,8 @@ def load_config(args):
 
     path = Path(args.config)
     if not path.is_file():
-        near = (
-            sorted(p.name for p in path.parent.glob('*.py')) if path.parent.is_dir() else []
-        )
-        hint = (
-            f'{path.parent} has {", ".join(near)}' if near else 'give the path of a config'
-        )
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
+        hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
         raise UserError(f'config {path} does not exist; {hint}')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(path)
@@ -88,20 +102,49 @@ def load_config(args):
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.stem}'
     scope = cfg.get('default_scope')
-    if scope not in _TOOLBOXES:
+    if scope not in ('mmseg', 'mmdet'):
         raise UserError(
-            f'{path} has default_scope={scope!r}; these tools run configs of '
-            f'{" and ".join(_TOOLBOXES)}'
+            f'{path} has default_scope={scope!r}; these tools know mmseg and mmdet'
         )
-    require_toolbox_packages('mmcv', scope)
-    if scope == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
-        raise UserError(
-            'mmcv is installed without its compiled ops, which detectors need; run make '
-            'demo-detection, or build them against the installed torch: MMCV_WITH_OPS=1 '
-            'pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps '
-            'onedl-mmcv'
-        )
+    _require('mmcv')
+    _require(scope)
+    if scope == 'mmdet':
+        _require_ops()
     return cfg
+
+
+def _require_ops() -> None:
+    build = (
+        'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --no-deps '
+        f'--force-reinstall {_package("mmcv")}'
+    )
+    if importlib.util.find_spec('mmcv._ext') is None:
+        raise UserError(
+            'mmcv is installed without its compiled ops, which detectors need; build them '
+            f'against the installed torch: {build}'
+        )
+    import torch
+    from mmcv.ops import get_compiling_cuda_version
+
+    if torch.cuda.is_available() and get_compiling_cuda_version() == 'not available':
+        raise UserError(
+            "mmcv's ops were compiled without CUDA, and this machine has a GPU; build "
+            f'them again with nvcc on the PATH: {build}; or use the CPU: '
+            'CUDA_VISIBLE_DEVICES='
+        )
+
+
+def without_pretrained(node) -> None:
+    """Remove every ``init_cfg`` that loads a file from a model config, in place."""
+    if isinstance(node, dict):
+        init_cfg = node.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            node['init_cfg'] = None
+        for value in node.values():
+            without_pretrained(value)
+    elif isinstance(node, list):
+        for value in node:
+            without_pretrained(value)
 
 
 def check_dataset(cfg, *loaders: str) -> None:
@@ -119,13 +162,23 @@ def check_dataset(cfg, *loaders: str) -> None:
             parts = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
             for part in filter(None, parts):
                 wanted.setdefault(os.path.join(root, part), loader)
+        evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
+        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+            if evaluator.get('ann_file'):
+                wanted.setdefault(
+                    evaluator['ann_file'], loader.split('_')[0] + '_evaluator'
+                )
     missing = [path for path in wanted if '://' not in path and not os.path.exists(path)]
     if missing:
         source = cfg.get('data_source')
         raise UserError(
             f'{missing[0]} does not exist, which {wanted[missing[0]]} reads; expected: '
-            f'{" ".join(sorted(wanted))}; {f"get {source}; or " if source else ""}set '
-            f'data_root of the datasets in the config'
+            f'{" ".join(sorted(wanted))}; '
+            + (
+                f'get {source}, or link it there'
+                if source
+                else 'mend the paths in the config'
+            )
         )
 
 

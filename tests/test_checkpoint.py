@@ -35,6 +35,24 @@ def assert_loaded(model, source, fresh=()):
         assert torch.equal(value, expected[name]), name
 
 
+def test_names_of_a_distributed_model(tmp_path):
+    state = classifier_state(tiny())
+    model = load(tmp_path / 'w.pth', {f'module.{k}': v for k, v in state.items()})
+    assert_loaded(model, state, fresh=('extra_norm.',))
+
+
+def test_second_call_keeps_trained_weights(tmp_path):
+    model = load(tmp_path / 'w.pth', classifier_state(tiny()))
+    torch.nn.init.zeros_(model.blocks1[0].dwconv.weight)
+    model.init_weights()
+    assert not model.blocks1[0].dwconv.weight.any()
+
+
+def test_a_file_of_something_else(tmp_path):
+    with pytest.raises(RuntimeError, match='holds a list'):
+        load(tmp_path / 'w.pth', [1, 2])
+
+
 @pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model', 'state_dict_ema'])
 @pytest.mark.parametrize('context_skip', [False, True])
 def test_classifier_file(tmp_path, wrapper, context_skip):
@@ -154,7 +172,7 @@ def without(state, name):
 )
 def test_other_differences_are_errors(tmp_path, make, message):
     state, kwargs = make()
-    prefix = kwargs.pop('prefix', '')
+    prefix = kwargs.pop('prefix', None)
     torch.save(state, tmp_path / 'w.pth')
     model = OverLoCK(
         TINY,

@@ -48,7 +48,7 @@ def build_model(cfg):
         cfg.model.decode_head.in_channels = list(channels)
         cfg.model.auxiliary_head.in_channels = channels[2]
         cfg.model.data_preprocessor.size = [
-            s // SHRINK for s in cfg.model.data_preprocessor.size
+            shrink_sizes(s) for s in cfg.model.data_preprocessor.size
         ]
     else:
         from mmdet.utils import register_all_modules

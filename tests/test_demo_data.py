@@ -402,5 +402,5 @@ def test_command_line_without_the_extra(tmp_path, package):
     message = f"No module named '{package}'"
     (stub / f'{package}.py').write_text(f'raise ModuleNotFoundError({message!r})')
     line = failed(tool('--root', tmp_path / 'd', path=[stub]))
-    assert message in line and "pip install 'overlock-mm[demo]'" in line
+    assert message in line and 'pip install imgviz scikit-image pycocotools' in line
     assert not (tmp_path / 'd').exists()

@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from mmengine.registry import MODELS, Registry
+from test_parity import filled
 from torch import nn
 
 from overlock_mm import OverLoCK
+from overlock_mm.models.layers import DILATED_BRANCHES, DilatedReparamBlock
 
 # the same structure as the real ones, small enough for many tests
 TINY = dict(
@@ -100,6 +102,8 @@ def test_bad_image(shape):
         (dict(arch=dict(TINY, kernel_sizes=(7, 7, 6, 5))), 'kernel_size=6'),
         (dict(out_indices=(0, 4)), 'out_indices'),
         (dict(out_indices=()), 'out_indices'),
+        (dict(arch=dict(TINY, focus_depths=(2, 0))), 'at least 1'),
+        (dict(arch=dict(TINY, depths=2)), 'exactly these fields'),
         (dict(out_indices=(2, 1)), 'out_indices'),
         (dict(frozen_stages=5), 'frozen_stages=5'),
         (dict(with_cp=(5,)), 'with_cp'),
@@ -143,7 +147,7 @@ def test_out_indices(out_indices, context_skip):
 
 
 def test_unneeded_blocks_do_not_run():
-    model = OverLoCK(TINY, out_indices=(0,))
+    model = OverLoCK(TINY, out_indices=0)
     assert not hasattr(model, 'blocks2') and not hasattr(model, 'sub_blocks3')
 
 
@@ -192,20 +196,24 @@ def test_switch_to_deploy(context_skip):
         assert torch.equal(fresh.eval()(x)[3], after[3])
 
 
-@pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
-def test_switch_to_deploy_of_the_real_kernels(arch):
-    """One large kernel of each size and arch, with statistics far from the initial ones."""
-    from overlock_mm.models.layers import DILATED_BRANCHES, DilatedReparamBlock
+@pytest.mark.parametrize('kernel_size', DILATED_BRANCHES)
+def test_switch_to_deploy_of_every_kernel(kernel_size):
+    block = randomised(DilatedReparamBlock(8, kernel_size)).eval()
+    x = image(1, 8, 20, 23)
+    with torch.no_grad():
+        before = block(x)
+        block.switch_to_deploy()
+        assert relative_error(block(x), before) < 1e-5
 
-    dim = OverLoCK.channels_of(arch)[0]
-    for kernel_size in DILATED_BRANCHES:
-        torch.manual_seed(kernel_size)
-        block = randomised(DilatedReparamBlock(dim, kernel_size)).eval()
-        x = image(1, dim, 20, 23)
-        with torch.no_grad():
-            before = block(x)
-            block.switch_to_deploy()
-            assert relative_error(block(x), before) < 1e-5
+
+def test_switch_to_deploy_of_a_real_arch():
+    model = filled(OverLoCK('xt', context_skip=True), torch.float32).eval()
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        model.switch_to_deploy()
+        for out, expected in zip(model(x), before, strict=True):
+            assert relative_error(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
@@ -266,6 +274,15 @@ def test_checkpointing_changes_nothing(with_cp):
         )
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(checkpointed, plain)
+
+
+def test_checkpointing_allows_a_second_backward():
+    model = tiny(with_cp=True).train()
+    loss = model(image(2, 3, 64, 64))[3].square().sum()
+    loss.backward(retain_graph=True)
+    once = model.blocks1[0].dwconv.weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(model.blocks1[0].dwconv.weight.grad, 2 * once)
 
 
 def test_checkpointing_saves_memory():

@@ -21,7 +21,9 @@ def main() -> None:
         from overlock_mm.demo_data import make_demo_data
     except ImportError as error:
         parser.exit(
-            2, f"{parser.prog}: error: {error}; run pip install 'overlock-mm[demo]'\n"
+            2,
+            f'{parser.prog}: error: {error}; in the folder of overlock_mm run: '
+            "pip install -e '.[onedl,demo]'\n",
         )
     try:
         written = make_demo_data(args.root, args.seed, args.train, args.val, args.size)

@@ -7,6 +7,8 @@ from its last checkpoint.
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import set_random_seed
@@ -35,10 +38,14 @@ def main():
     parser.add_argument('task', choices=CONFIGS)
     task = parser.parse_args().task
     config, work_dir = CONFIGS[task], Path('work_dirs') / f'demo_{task}'
+    if torch.cuda.is_available() and get_compiling_cuda_version() == 'not available':
+        print("mmcv's ops were compiled without CUDA: the demo uses the CPU")
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
     start = time.monotonic()
 
     say('1/4 The scenes: real photographed objects in new places')
     tool('make_demo_data.py')
+    start_afresh_if_changed(config, work_dir)
     say('2/4 The model before training, for comparison')
     untrained = evaluate(config, save_untrained(config, work_dir), work_dir / 'untrained')
     say(f'3/4 Training; interrupt at will and run again to go on ({work_dir})')
@@ -70,6 +77,18 @@ def main():
     print(f'Curve: {curve}\nCheckpoint: {checkpoint}')
 
 
+def start_afresh_if_changed(config, work_dir):
+    """Remove what an earlier run left if it followed another config or data set."""
+    recipe = Config.fromfile(ROOT / config).pretty_text
+    recipe += (ROOT / 'data/demo/demo.json').read_text()
+    path = ROOT / work_dir / 'recipe.txt'
+    if path.parent.exists() and not (path.exists() and path.read_text() == recipe):
+        print(f'{work_dir} is of another config or data set: starting afresh')
+        shutil.rmtree(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(recipe)
+
+
 def say(text):
     print(f'\n=== {text}', flush=True)
 
@@ -88,7 +107,6 @@ def save_untrained(config, work_dir):
     model = MODELS.build(cfg.model)
     model.init_weights()
     path = ROOT / work_dir / 'untrained.pth'
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=model.state_dict()), path)
     return path
 
@@ -162,4 +180,7 @@ def background_miou():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit('Interrupted; run the same command again to go on.')

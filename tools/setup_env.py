@@ -68,8 +68,10 @@ def install(pins):
     say(f'Installing torch {pins["torch"]} (about 3 GB to download the first time)')
     pip('install', *(f'{name}=={pins[name]}' for name in BUILD))
     wheel = mmcv_wheel(pins)
+    # by force: an environment may hold ops for another torch under the same version
+    pip('install', '--force-reinstall', '--no-deps', wheel)
     say('Installing MMDetection, MMSegmentation and the other packages')
-    pip('install', '-r', REQUIREMENTS, '--find-links', wheel.parent)
+    pip('install', '-r', REQUIREMENTS)
     pip('install', '--no-deps', '--no-build-isolation', '-e', ROOT)
     say(f'Ready: {VENV}')
 
@@ -102,14 +104,20 @@ def create_venv():
 
 def mmcv_wheel(pins) -> Path:
     """The wheel of mmcv with its ops, compiled now if the cache has none."""
-    probe = (
-        'import torch; from torch.utils.cpp_extension import CUDA_HOME; '
-        'print("cu" + torch.version.cuda if CUDA_HOME and torch.cuda.is_available() '
-        'else "cpu")'
+    probe = """
+import re, subprocess, torch
+from torch.utils.cpp_extension import CUDA_HOME
+device = 'cpu'
+if torch.cuda.is_available() and CUDA_HOME:
+    text = subprocess.check_output([CUDA_HOME + '/bin/nvcc', '--version'], text=True)
+    if re.search(r'release (\\d+)', text)[1] == torch.version.cuda.split('.')[0]:
+        device = 'cu' + torch.version.cuda
+print(device)
+"""
+    device = (
+        subprocess.run([PYTHON, '-c', probe], capture_output=True, text=True).stdout.strip()
+        or 'cpu'
     )
-    device = subprocess.run(
-        [PYTHON, '-c', probe], capture_output=True, text=True
-    ).stdout.strip()
     tag = f'cp{sys.version_info[0]}{sys.version_info[1]}-{sysconfig.get_platform()}'
     folder = CACHE / 'wheels' / f'mmcv{pins[MMCV]}-torch{pins["torch"]}-{device}-{tag}'
     wheels = list(folder.glob('*.whl'))
@@ -126,7 +134,8 @@ def mmcv_wheel(pins) -> Path:
             'mmcv needs the headers of Python; on Debian and Ubuntu run: '
             'apt-get install python3-dev'
         )
-    jobs = os.environ.get('MAX_JOBS') or str(os.cpu_count() or 1)
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
+    jobs = max(1, min(len(os.sched_getaffinity(0)), int(memory / 2)))  # 2 GB each
     say(f"Compiling mmcv's ops for {device}, once (about 17 minutes on 2 cores)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # built beside its place and moved there whole, so an interrupted build leaves none
@@ -134,7 +143,7 @@ def mmcv_wheel(pins) -> Path:
         env = dict(
             os.environ,
             MMCV_WITH_OPS='1',
-            MAX_JOBS=jobs,
+            MAX_JOBS=os.environ.get('MAX_JOBS', str(jobs)),
             PATH=f'{PYTHON.parent}{os.pathsep}{os.environ["PATH"]}',
         )
         if device == 'cpu':  # a GPU without nvcc must not be found by the build

@@ -2,12 +2,20 @@
 
 import argparse
 import os
+import sys
 
-from overlock_mm import cli
+try:
+    from overlock_mm import cli
+except ModuleNotFoundError as error:
+    sys.stderr.write(
+        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
+        'overlock_mm run: '
+        "pip install -e '.[onedl]'\n"
+    )
+    sys.exit(2)
 
 
 def parse_args():
-    cli.require_toolbox_packages('mmengine')
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -35,33 +43,40 @@ def main():
     cli.check_file(args.checkpoint, 'checkpoint')
     cli.check_dataset(cfg, 'test_dataloader')
     detection = cfg.default_scope == 'mmdet'
+    if args.out and detection and not args.out.endswith(('.pkl', '.pickle')):
+        raise cli.UserError(f'--out {args.out} must end in .pkl for a detector')
 
     from mmengine.runner import Runner
 
-    cfg.load_from = args.checkpoint
-    cfg.model.backbone.init_cfg = None
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    cli.without_pretrained(cfg.model)
+    evaluator = cfg.test_evaluator
+    evaluator = evaluator[0] if isinstance(evaluator, list) else evaluator
     if args.show_dir:
         show_dir = os.path.abspath(args.show_dir)
-        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        hook = cfg.default_hooks.get('visualization')
+        if not hook:
+            raise cli.UserError(
+                '--show-dir needs default_hooks.visualization in the config'
+            )
+        hook.update(draw=True, interval=1)
         if detection:
-            cfg.default_hooks.visualization.test_out_dir = show_dir
+            hook.test_out_dir = show_dir
         else:
             cfg.visualizer.save_dir = show_dir
     if args.out and not detection:
-        cfg.test_evaluator.output_dir = args.out
+        evaluator.output_dir = args.out
     if args.tta:
-        use_test_time_augmentation(cfg)
+        use_test_time_augmentation(cfg, evaluator)
     runner = Runner.from_cfg(cfg)
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
 
-        if not args.out.endswith(('.pkl', '.pickle')):
-            raise cli.UserError(f'--out {args.out} must end in .pkl for a detector')
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
 
 
-def use_test_time_augmentation(cfg):
+def use_test_time_augmentation(cfg, evaluator):
     """Wrap the model and replace the test pipeline, as the config's tta_* entries say."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise cli.UserError(
@@ -69,12 +84,13 @@ def use_test_time_augmentation(cfg):
         )
     roi_head = cfg.model.get('roi_head') or {}
     if roi_head.get('mask_head'):
-        print(
-            'MMDetection cannot merge the masks of augmented images: with --tta, boxes '
-            'are predicted and evaluated, masks are left out.'
-        )
+        if cli.is_main_process():
+            print(
+                'MMDetection cannot merge the masks of augmented images: with --tta, boxes '
+                'are predicted and evaluated, masks are left out.'
+            )
         roi_head.update(mask_head=None, mask_roi_extractor=None)
-        cfg.test_evaluator.metric = 'bbox'
+        evaluator.metric = 'bbox'
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model
     dataset = cfg.test_dataloader.dataset

@@ -1,12 +1,21 @@
 """Train a detector or segmentor from a config."""
 
 import argparse
+import sys
+from urllib.error import URLError
 
-from overlock_mm import cli
+try:
+    from overlock_mm import cli
+except ModuleNotFoundError as error:
+    sys.stderr.write(
+        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
+        'overlock_mm run: '
+        "pip install -e '.[onedl]'\n"
+    )
+    sys.exit(2)
 
 
 def parse_args():
-    cli.require_toolbox_packages('mmengine')
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
@@ -49,20 +58,27 @@ def main():
             )
         cfg.auto_scale_lr.enable = True
     checkpoint = args.resume
-    if args.resume:
-        if args.resume == 'auto':
-            checkpoint = find_latest_checkpoint(cfg.work_dir)
-        else:
-            cli.check_file(args.resume, 'checkpoint')
-            cfg.load_from = args.resume
-        cfg.resume = True
+    if checkpoint == 'auto':
+        checkpoint = find_latest_checkpoint(cfg.work_dir)
+    if checkpoint:
+        cli.check_file(checkpoint, 'checkpoint')
+        cfg.load_from, cfg.resume = checkpoint, True
+    elif args.resume:
+        print(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning.')
     if args.no_pretrained or checkpoint:
         # all weights come from the checkpoint to resume, or from nowhere
-        cfg.model.backbone.init_cfg = None
-    loaders = ['train_dataloader', 'val_dataloader']
-    cli.check_dataset(cfg, *loaders)
+        cli.without_pretrained(cfg.model)
+    cli.check_dataset(cfg, 'train_dataloader', 'val_dataloader')
 
-    Runner.from_cfg(cfg).train()
+    runner = Runner.from_cfg(cfg)
+    try:
+        runner.train()
+    except URLError as error:
+        raise cli.UserError(
+            f'the pretrained weights cannot be downloaded ({error.reason}); use '
+            '--no-pretrained, or fetch the file elsewhere and give --cfg-options '
+            'model.backbone.init_cfg.checkpoint=PATH'
+        ) from error
 
 
 if __name__ == '__main__':

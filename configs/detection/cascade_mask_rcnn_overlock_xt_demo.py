@@ -30,6 +30,6 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=10, milestones=[8, 9], gamma=0.1),
 ]
 train_cfg = dict(max_epochs=10, val_interval=5)
-default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=1, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=1, max_keep_ckpts=2))
 log_processor = dict(window_size=8)
 randomness = dict(seed=0)

@@ -23,6 +23,6 @@ train_cfg = dict(type='IterBasedTrainLoop', max_iters=300, val_interval=100)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=50, max_keep_ckpts=1)
+    logger=dict(interval=10), checkpoint=dict(interval=50, max_keep_ckpts=2)
 )
 randomness = dict(seed=0)

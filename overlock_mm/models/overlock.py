@@ -1,7 +1,7 @@
 """The OverLoCK backbone (https://arxiv.org/abs/2502.20087)."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -53,7 +53,7 @@ class OverLoCK(BaseModule):
             'tiny', 'small', 'base'), or a dict with the fields of an entry of
             ``arch_settings``.
         in_channels (int): channels of the image. Defaults to 3.
-        out_indices (Sequence[int]): which of the four maps (strides 4, 8, 16, 32)
+        out_indices (int | Sequence[int]): which of the four maps (strides 4, 8, 16, 32)
             to return, in increasing order. What a map that is not asked for would
             need is neither built nor run. Defaults to (0, 1, 2, 3).
         context_skip (bool): add the Overview-Net's context to the last map, as the
@@ -68,7 +68,7 @@ class OverLoCK(BaseModule):
         norm_eval (bool): keep batch norms in evaluation mode while training, so
             that they use their running statistics and leave them as they are.
             Defaults to False.
-        with_cp (bool | Sequence[int]): recompute activations in the backward pass
+        with_cp (bool | int | Sequence[int]): recompute activations in the backward pass
             to save memory, in all stages or in those listed. Outputs, gradients and
             running statistics stay the same. Defaults to False.
         deploy (bool): build the deploy form, in which every large kernel is one
@@ -118,12 +118,12 @@ class OverLoCK(BaseModule):
         self,
         arch: str | dict = 't',
         in_channels: int = 3,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         context_skip: bool = False,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         norm_eval: bool = False,
-        with_cp: bool | Sequence[int] = False,
+        with_cp: bool | int | Sequence[int] = False,
         deploy: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ):
@@ -133,7 +133,7 @@ class OverLoCK(BaseModule):
         depths, focus_depths = settings['depths'], settings['focus_depths']
         heads, context_dim = settings['focus_heads'], dims[3] // 4
         channels = self.channels_of(arch)
-        out_indices = tuple(out_indices)
+        out_indices = _as_tuple(out_indices)
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
             raise ValueError(
                 f'out_indices={out_indices} must be increasing and within '
@@ -145,6 +145,7 @@ class OverLoCK(BaseModule):
             raise ValueError(f'frozen_stages={frozen_stages} must be within -1..4')
         if isinstance(with_cp, bool):
             with_cp = range(5) if with_cp else ()
+        with_cp = _as_tuple(with_cp)
         if not set(with_cp) <= set(range(5)):
             raise ValueError(f'with_cp={with_cp} must be True, False or stages of 0..4')
         self.in_channels = in_channels
@@ -154,7 +155,7 @@ class OverLoCK(BaseModule):
         self.context_skip = context_skip
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.with_cp = tuple(with_cp)
+        self.with_cp = with_cp
         self.deploy = deploy
         deepest = out_indices[-1]
 
@@ -234,7 +235,8 @@ class OverLoCK(BaseModule):
 
         Returns:
             The maps of ``out_indices``; the one of stride s has the shape
-            ``(N, channels, ceil(H / s), ceil(W / s))`` and the dtype of ``x``.
+            ``(N, channels, ceil(H / s), ceil(W / s))`` and, outside autocast, the
+            dtype of ``x``.
 
         Raises:
             ValueError: if ``x`` has another number of dimensions or channels, or
@@ -288,7 +290,7 @@ class OverLoCK(BaseModule):
                 block,
                 *inputs,
                 use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _statistics_kept(block)),
+                context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
             )
         return block(*inputs)
 
@@ -311,6 +313,8 @@ class OverLoCK(BaseModule):
         Raises:
             RuntimeError: if the checkpoint of ``init_cfg`` is not of this backbone.
         """
+        if self.is_init:  # as in mmengine: a second call changes nothing
+            return
         cfgs = self.init_cfg or []
         cfgs = [cfgs] if isinstance(cfgs, dict) else list(cfgs)
         pretrained = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
@@ -374,12 +378,14 @@ class OverLoCK(BaseModule):
                     f'or give a dict with {sorted(_ARCH_FIELDS)}'
                 )
             return cls.arch_settings[arch]
-        given = {k: len(v) for k, v in arch.items()}
+        given = {k: len(_as_tuple(v)) for k, v in arch.items()}
         if given != _ARCH_FIELDS:
             raise ValueError(
                 f'an arch dict needs exactly these fields and lengths: '
                 f'{_ARCH_FIELDS}, got {given}'
             )
+        if min(v for values in arch.values() for v in values) < 1:
+            raise ValueError(f'every number of an arch dict must be at least 1, got {arch}')
         dims, heads = arch['embed_dims'], arch['focus_heads']
         if (
             dims[0] % 2
@@ -392,6 +398,10 @@ class OverLoCK(BaseModule):
                 f'{tuple(heads)}'
             )
         return {k: tuple(v) for k, v in arch.items()}
+
+
+def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _stem(in_channels: int, dim: int) -> nn.Sequential:
@@ -426,15 +436,24 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-@contextmanager
-def _statistics_kept(module: nn.Module):
-    """Let a recomputation update copies of the running statistics, not them again."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [dict(norm._buffers) for norm in norms]
-    for norm, buffers in zip(norms, kept, strict=True):
-        norm._buffers.update({k: v.clone() for k, v in buffers.items() if v is not None})
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+class _StatisticsKept:
+    """Let a recomputation update copies of the running statistics, not them again.
+
+    A context that can be entered again, for a second backward pass.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.norms = [
+            m for m in module.modules() if isinstance(m, _BatchNorm) and m.training
+        ]
+
+    def __enter__(self):
+        self.kept = [dict(norm._buffers) for norm in self.norms]
+        for norm, buffers in zip(self.norms, self.kept, strict=True):
+            norm._buffers.update(
+                {k: v.clone() for k, v in buffers.items() if v is not None}
+            )
+
+    def __exit__(self, *error):
+        for norm, buffers in zip(self.norms, self.kept, strict=True):
             norm._buffers.update(buffers)

@@ -1,8 +1,8 @@
 data_root = 'data/ade/ADEChallengeData2016/'
 # what the tools say when the folder is not there
 data_source = (
-    'ADE20K: unpack ADEChallengeData2016.zip, from '
-    'https://groups.csail.mit.edu/vision/datasets/ADE20K/, in data/ade'
+    'ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip '
+    'in data/ade'
 )
 crop_size = (512, 512)
 train_pipeline = [
