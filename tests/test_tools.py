@@ -251,7 +251,12 @@ def test_pretrained_weights(configs, demo_data):
         'train_cfg.max_iters=1',
         'train_cfg.val_interval=1',
     ]
-    fails([*train, *options], demo_data, 'cannot be downloaded', '--no-pretrained')
+    result = run([*train, *options], demo_data, status=2)
+    # the toolbox warns of this and that while it builds the model
+    assert 'Traceback' not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith('error: ') and 'cannot be downloaded' in line
+    assert '--no-pretrained' in line
     run([*train, '--no-pretrained', *options], demo_data)
 
 
@@ -314,4 +319,4 @@ def test_auto_scaled_learning_rate(configs, demo_data):
     cfg = Config.fromfile(SEGMENTATION)
     # 2 images a step where the rates are for 16, at the start of the warm-up
     expected = cfg.optim_wrapper.optimizer.lr * cfg.param_scheduler[0].start_factor * 2 / 16
-    assert first['base_lr'] == pytest.approx(expected)
+    assert first['lr'] == pytest.approx(expected)
