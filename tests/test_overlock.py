@@ -146,6 +146,22 @@ def test_out_indices(out_indices, context_skip):
     )
 
 
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('out_indices', [(1,), (1, 3)], ids=str)
+def test_distributed_training(out_indices, with_cp):
+    """DistributedDataParallel finds a gradient for every parameter, step after step."""
+    torch.distributed.init_process_group(
+        'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        model = OverLoCK(TINY, out_indices=out_indices, with_cp=with_cp).train()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # it is the second step that fails after unused parameters
+            sum(m.square().sum() for m in parallel(image(2, 3, 64, 64))).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_unneeded_blocks_do_not_run():
     model = OverLoCK(TINY, out_indices=0)
     assert not hasattr(model, 'blocks2') and not hasattr(model, 'sub_blocks3')
