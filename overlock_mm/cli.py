@@ -1,5 +1,6 @@
 """What the command lines share: configs, checks before a long run, and plain errors."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -86,8 +87,8 @@ def load_config(args):
         mmengine.Config: with ``work_dir`` and ``launcher`` set.
 
     Raises:
-        UserError: if the file is missing or not a config of a known toolbox, if the
-            toolbox is not installed, or if a detector meets an mmcv without its ops.
+        UserError: if the file is missing or not a config of a known toolbox, or if the
+            toolbox or what it needs (mmcv's compiled ops, for one) is not installed.
     """
     from mmengine.config import Config
 
@@ -108,21 +109,35 @@ def load_config(args):
         )
     _require('mmcv')
     _require(scope)
-    if scope == 'mmdet':
-        _require_ops()
+    _require_working(scope)
     return cfg
 
 
-def _require_ops() -> None:
+def _require_working(toolbox: str) -> None:
+    """Import the toolbox, and name what it lacks."""
     build = (
         'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --no-deps '
         f'--force-reinstall {_package("mmcv")}'
     )
-    if importlib.util.find_spec('mmcv._ext') is None:
+    no_ops = UserError(
+        'mmcv is installed without its compiled ops, which '
+        f'{_TOOLBOXES[toolbox][0]} needs; build them against the installed torch: {build}'
+    )
+    if toolbox == 'mmdet' and importlib.util.find_spec('mmcv._ext') is None:
+        raise no_ops
+    try:
+        importlib.import_module(f'{toolbox}.utils')
+    except ModuleNotFoundError as error:
+        if error.name == 'mmcv._ext':
+            raise no_ops from error
         raise UserError(
-            'mmcv is installed without its compiled ops, which detectors need; build them '
-            f'against the installed torch: {build}'
-        )
+            f'{_TOOLBOXES[toolbox][0]} needs {error.name}, which is not installed; run: '
+            f'pip install {error.name}'
+        ) from error
+    except AssertionError as error:  # it checks the versions of mmcv and mmengine
+        raise UserError(' '.join(str(error).split())) from error
+    if toolbox != 'mmdet':
+        return
     import torch
     from mmcv.ops import get_compiling_cuda_version
 

@@ -284,6 +284,7 @@ def test_mixed_precision_without_a_gpu(tmp_path):
             ['MMSegmentation is not installed', 'onedl-mmsegmentation'],
         ),
         ('mmdet', DETECTION, ['MMDetection is not installed', 'onedl-mmdetection']),
+        ('ftfy', SEGMENTATION, ['MMSegmentation needs ftfy', 'pip install ftfy']),
         ('mmcv._ext', DETECTION, ['without its compiled ops', 'MMCV_WITH_OPS=1']),
     ],
 )
