@@ -31,6 +31,8 @@ def plain_errors() -> Iterator[None]:
         if is_main_process():
             sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the status of an interrupted command; where it was says nothing
 
 
 def is_main_process() -> bool:
