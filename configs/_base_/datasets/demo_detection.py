@@ -29,12 +29,13 @@ metainfo = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=(192, 192), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(256, 256), keep_ratio=True),
+    dict(type='Resize', scale=(192, 192), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
@@ -46,7 +47,7 @@ tta_pipeline = [
     dict(
         type='TestTimeAug',
         transforms=[
-            [dict(type='Resize', scale=(s, s), keep_ratio=True) for s in (192, 256, 320)],
+            [dict(type='Resize', scale=(s, s), keep_ratio=True) for s in (160, 192, 224)],
             [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)],
             [dict(type='LoadAnnotations', with_bbox=True)],
             [
