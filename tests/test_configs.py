@@ -72,7 +72,7 @@ def shrink(node):
 def shrink_sizes(value):
     if isinstance(value, list | tuple):
         return type(value)(shrink_sizes(v) for v in value)
-    return max(32, value // SHRINK)
+    return max(64, value // SHRINK)
 
 
 def samples(cfg, loader, folder, count):

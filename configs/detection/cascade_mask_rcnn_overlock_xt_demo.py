@@ -27,7 +27,9 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=2.5e-4))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=30),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=14, milestones=[11, 13], gamma=0.1),
+    dict(
+        type='MultiStepLR', by_epoch=True, begin=0, end=14, milestones=[11, 13], gamma=0.1
+    ),
 ]
 train_cfg = dict(max_epochs=14, val_interval=7)
 default_hooks = dict(logger=dict(interval=8), checkpoint=dict(interval=1, max_keep_ckpts=2))
