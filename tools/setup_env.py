@@ -65,7 +65,7 @@ def main():
 def install(pins):
     create_venv()
     check_disk(ROOT)
-    say(f'Installing torch {pins["torch"]} (about 3 GB to download the first time)')
+    say(f'Installing torch {pins["torch"]} (about 2 GB to download the first time)')
     pip('install', *(f'{name}=={pins[name]}' for name in BUILD))
     wheel = mmcv_wheel(pins)
     # by force: an environment may hold ops for another torch under the same version
@@ -136,7 +136,7 @@ print(device)
         )
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB
     jobs = max(1, min(len(os.sched_getaffinity(0)), int(memory / 2)))  # 2 GB each
-    say(f"Compiling mmcv's ops for {device}, once (about 17 minutes on 2 cores)")
+    say(f"Compiling mmcv's ops for {device}, once (about 15 minutes on 2 cores)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # built beside its place and moved there whole, so an interrupted build leaves none
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temp:
