@@ -1,6 +1,6 @@
 """OverLoCK, a ConvNet backbone for dense prediction, as an OpenMMLab plugin."""
 
-from .models import OverLoCK
+from .models import OverLoCK, fold
 from .version import __version__
 
-__all__ = ['OverLoCK', '__version__']
+__all__ = ['OverLoCK', '__version__', 'fold']

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from overlock_mm.ops import contmix
+from overlock_mm.ops import contmix, contmix_torch, set_contmix_backend
 
 # (N, G, c, L, channels of a head and kernel, H, W, kernel sizes)
 CASES = {
@@ -16,8 +17,22 @@ CASES = {
     'both equal k': (2, 1, 2, 4, 2, 13, 13, (5, 13)),
     'wider than a tile': (1, 1, 2, 9, 1, 5, 51, (3, 5)),
     'wider than a tile, k=13': (1, 2, 2, 9, 1, 14, 30, (5, 13)),
-    'a last tile of one column': (1, 1, 1, 4, 1, 13, 25, (5, 13)),
+    'two tiles of unequal width': (1, 1, 1, 4, 1, 13, 49, (5, 13)),
+    'taps of one': (1, 2, 2, 4, 2, 4, 5, (1, 3)),
+    'empty batch': (0, 2, 2, 4, 2, 8, 9, (3, 5)),
 }
+# (G, c, channels of a head and kernel, K) of the Focus-Net's two stages
+ARCHS = {
+    'xt, stage 3': (8, 16, 16, 13),
+    'xt, stage 4': (12, 14, 14, 7),
+    't, stage 3': (8, 16, 16, 13),
+    't, stage 4': (16, 16, 16, 7),
+    's, stage 3': (16, 10, 10, 13),
+    's, stage 4': (32, 8, 8, 7),
+    'b, stage 3': (12, 16, 16, 13),
+    'b, stage 4': (18, 16, 16, 7),
+}
+BACKENDS = ('torch', 'reference')
 
 
 def make_inputs(case, dtype=torch.float64, seed=0):
@@ -42,7 +57,8 @@ def make_inputs(case, dtype=torch.float64, seed=0):
 def slow_contmix(query, key, value, weight, bias, rpbs, kernels):
     query, key, value, weight, bias = (t.numpy() for t in (query, key, value, weight, bias))
     n, g, _, h, w = query.shape
-    heads = value.reshape(n, len(kernels), g, -1, h, w)
+    d = value.shape[1] // len(kernels) // g
+    heads = value.reshape(n, len(kernels), g, d, h, w)
     out = np.zeros_like(heads)
     for b, head, y, x in np.ndindex(n, g, h, w):
         affinity = query[b, head, :, y, x] @ key[b, head]
@@ -65,15 +81,27 @@ def slow_contmix(query, key, value, weight, bias, rpbs, kernels):
     return torch.from_numpy(out.reshape(value.shape))
 
 
+def gradients(inputs, backend, seed=1):
+    """Output, and the gradients of a random function of it by every tensor."""
+    *tensors, rpbs, kernels = inputs
+    tensors = [t.detach().requires_grad_() for t in (*tensors, *rpbs)]
+    out = contmix(*tensors[:5], tensors[5:], kernels, backend=backend)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    return out, torch.autograd.grad((out * weights.to(out.dtype)).sum(), tensors)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-def test_equals_slow_loop(case):
+def test_equals_slow_loop(case, backend):
     inputs = make_inputs(case)
     torch.testing.assert_close(
-        contmix(*inputs), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
+        contmix(*inputs, backend=backend), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
     )
 
 
-def test_random_sizes():
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_random_sizes(backend):
     rng = np.random.RandomState(0)
     for seed in range(20):
         kernels = tuple(rng.choice([3, 5, 7, 13], 2).tolist())
@@ -81,10 +109,11 @@ def test_random_sizes():
         n, g, c, regions, d = rng.randint(1, 4, 5).tolist()
         inputs = make_inputs((n, g, c, regions, d, *size, kernels), seed=seed)
         torch.testing.assert_close(
-            contmix(*inputs), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
+            contmix(*inputs, backend=backend), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
         )
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(
     'case',
     [
@@ -94,40 +123,126 @@ def test_random_sizes():
     ],
     ids=str,
 )
-def test_gradients(case):
+def test_gradients(case, backend):
     *tensors, rpbs, kernels = make_inputs(case)
     tensors = [t.requires_grad_() for t in (*tensors, *rpbs)]
 
     def op(query, key, value, weight, bias, *rpbs):
-        return contmix(query, key, value, weight, bias, rpbs, kernels)
+        return contmix(query, key, value, weight, bias, rpbs, kernels, backend=backend)
 
     assert torch.autograd.gradcheck(op, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_gradients_equal_the_reference(case):
+    inputs = make_inputs(case)
+    expected = gradients(inputs, 'reference')
+    torch.testing.assert_close(gradients(inputs, 'torch'), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('arch', ARCHS.values(), ids=ARCHS)
+def test_heads_of_every_arch(arch):
+    heads, c, d, k = arch
+    inputs = make_inputs((1, heads, c, 49, d, k + 1, k + 3, (5, k)))
+    expected = gradients(inputs, 'reference')
+    torch.testing.assert_close(gradients(inputs, 'torch'), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('rows, tile', [(1, 24), (3, 5), (100, 7)])
+def test_gradients_by_any_tiling(rows, tile, monkeypatch):
+    case = CASES['wider than a tile, k=13']
+    n, heads, *_, width, kernels = case
+    monkeypatch.setattr(contmix_torch, '_CHUNK', rows * n * heads * width * kernels[1] ** 2)
+    monkeypatch.setattr(contmix_torch, '_TILE', tile)
+    inputs = make_inputs(case)
+    expected = gradients(inputs, 'reference')
+    torch.testing.assert_close(gradients(inputs, 'torch'), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(
     'dtype, tolerance',
     [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
 )
-def test_low_precision(dtype, tolerance):
-    case = CASES['wider than a tile, k=13']
-    *tensors, rpbs, kernels = make_inputs(case, dtype)
-    exact = contmix(*(t.double() for t in tensors), [r.double() for r in rpbs], kernels)
-    out = contmix(*tensors, rpbs, kernels)
+def test_low_precision(dtype, tolerance, backend):
+    """Outputs and gradients, as a part of their norm, against float64."""
+    *tensors, rpbs, kernels = make_inputs(CASES['wider than a tile, k=13'], dtype)
+    exact = [t.double() for t in tensors], [r.double() for r in rpbs], kernels
+    out, grads = gradients((*tensors, rpbs, kernels), backend)
+    expected, expected_grads = gradients((*exact[0], *exact[1:]), 'reference')
     assert out.dtype == dtype
-    assert (out.double() - exact).norm() / exact.norm() < tolerance
+    for got, needed in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - needed).norm() / needed.norm() < tolerance
 
 
-def test_non_contiguous_inputs():
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_large_logits(dtype, backend):
+    """Logits of some 1e5, beyond the range of float16, pick one tap each."""
+    query, key, value, weight, bias, rpbs, kernels = make_inputs(CASES['small'], dtype)
+    inputs = query * 300, key * 300, value, weight, bias, rpbs, kernels
+    out, grads = gradients(inputs, backend)
+    exact, _ = gradients(
+        [t.double() for t in inputs[:5]] + [[r.double() for r in rpbs], kernels],
+        'reference',
+    )
+    assert all(t.isfinite().all() for t in (out, *grads))
+    assert (out.double() - exact).norm() / exact.norm() < 0.02
+
+
+def test_autocast_changes_nothing():
+    """The op takes what it is given: autocast decides for the layers around it."""
+    inputs = make_inputs(CASES['small'], torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = contmix(*inputs)
+    assert torch.equal(out, contmix(*inputs))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_non_contiguous_inputs(backend):
     *tensors, rpbs, kernels = make_inputs(CASES['small'])
     query, key, value, weight, bias = tensors
     value = value.to(memory_format=torch.channels_last)
     query = query.transpose(-1, -2).contiguous().transpose(-1, -2)
-    out = contmix(query, key, value, weight.t().contiguous().t(), bias, rpbs, kernels)
-    torch.testing.assert_close(out, contmix(*tensors, rpbs, kernels))
+    inputs = query, key, value, weight.t().contiguous().t(), bias, rpbs, kernels
+    expected = gradients((*tensors, rpbs, kernels), backend)
+    torch.testing.assert_close(gradients(inputs, backend), expected)
 
 
-def test_does_not_copy_the_values_per_tap():
-    """No tensor that autograd keeps is as large as an unfolded copy of the values."""
+def test_keeps_the_memory_format():
+    query, key, value, *rest = make_inputs(CASES['small'])
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        out = contmix(query, key, value.contiguous(memory_format=memory_format), *rest)
+        assert out.is_contiguous(memory_format=memory_format)
+
+
+class Op(nn.Module):
+    def forward(self, query, key, value, weight, bias, rpb1, rpb2):
+        return contmix(query, key, value, weight, bias, (rpb1, rpb2), (3, 5))
+
+
+def flat(inputs):
+    return (*inputs[:5], *inputs[5])
+
+
+def test_compiles_without_graph_breaks():
+    inputs = flat(make_inputs(CASES['small']))
+    results = []
+    for op in (Op(), torch.compile(Op(), fullgraph=True)):
+        tensors = [t.clone().requires_grad_() for t in inputs]
+        out = op(*tensors)
+        results.append((out, torch.autograd.grad(out.square().sum(), tensors)))
+    torch.testing.assert_close(*results)
+
+
+def test_exports():
+    inputs = flat(make_inputs(CASES['small']))
+    program = torch.export.export(Op(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Op()(*inputs))
+
+
+def test_training_keeps_the_inputs_alone():
     n, g, c, regions, d, h, w, kernels = case = (1, 2, 4, 49, 16, 26, 48, (5, 13))
     *tensors, rpbs, _ = make_inputs(case, torch.float32)
     sizes = []
@@ -135,7 +250,57 @@ def test_does_not_copy_the_values_per_tap():
         lambda t: sizes.append(t.numel()) or t, lambda t: t
     ):
         contmix(*(t.requires_grad_() for t in tensors), rpbs, kernels)
-    assert max(sizes) < n * g * d * h * w * 13 * 13 / 4
+    taps = sum(k * k for k in kernels)
+    inputs = sum(t.numel() for t in tensors) + n * g * c * taps
+    assert sum(sizes) < 3 * inputs + g * sum(k**4 for k in kernels)
+    assert max(sizes) < n * g * h * w * taps  # neither logits nor kernels
+
+
+def test_choosing_a_backend(monkeypatch):
+    calls = []
+    inputs = make_inputs(CASES['small'])
+
+    def used(**kwargs):
+        calls.clear()
+        contmix(*inputs, **kwargs)
+        return calls
+
+    for name in BACKENDS:
+        module = __import__(f'overlock_mm.ops.contmix_{name}', fromlist=['contmix'])
+        original = module.contmix
+        monkeypatch.setattr(
+            module,
+            'contmix',
+            lambda *args, name=name, run=original: calls.append(name) or run(*args),
+        )
+    assert used() == ['torch']
+    monkeypatch.setenv('OVERLOCK_MM_CONTMIX', 'reference')
+    assert used() == ['reference']
+    assert used(backend='torch') == ['torch']
+    try:
+        assert set_contmix_backend('torch') is None  # stronger than the environment
+        assert used() == ['torch']
+        assert set_contmix_backend(None) == 'torch'
+    finally:
+        set_contmix_backend(None)
+    assert used() == ['reference']
+    monkeypatch.setenv('OVERLOCK_MM_CONTMIX', 'natten')
+    with pytest.raises(ValueError, match="OVERLOCK_MM_CONTMIX='natten' is not a backend"):
+        contmix(*inputs)
+    with pytest.raises(ValueError, match="set_contmix_backend='cuda' is not a backend"):
+        set_contmix_backend('cuda')
+
+
+def test_a_backend_that_cannot_run_says_why():
+    inputs = make_inputs(CASES['small'])
+    with pytest.raises(RuntimeError, match=r"'triton' \(backend\) cannot run: .*float64"):
+        contmix(*inputs, backend='triton')
+    set_contmix_backend('triton')
+    try:
+        with pytest.raises(RuntimeError, match=r'\(set_contmix_backend\) cannot run'):
+            contmix(*inputs)
+    finally:
+        set_contmix_backend(None)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +308,11 @@ def test_does_not_copy_the_values_per_tap():
     [
         (dict(kernels=(3, 11)), 'at most the shorter side of the 7x9 map'),
         (dict(kernels=(4, 5)), 'must be odd'),
-        (dict(rpbs=1), 'rpbs must have the shapes'),
-        (dict(weight=5), 'proj_weight has 5 rows'),
+        (dict(rpbs=1), 'rpbs must have the shape'),
+        (dict(weight=5), r'proj_weight must have the shape \(34, 4\), got \(5, 4\)'),
         (dict(value=7), 'value has 7 channels'),
+        (dict(key=1), r'key must have the shape \(2, 3, 2, 4\), got \(1, 3, 2, 4\)'),
+        (dict(kernels=()), 'proj_weight must have the shape'),
     ],
 )
 def test_bad_arguments(change, message):
@@ -153,7 +320,7 @@ def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         contmix(
             query,
-            key,
+            key[: change.get('key')],
             value[:, : change.get('value')],
             weight[: change.get('weight')],
             bias,

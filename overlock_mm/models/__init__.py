@@ -1,3 +1,4 @@
+from .folded import fold
 from .overlock import OverLoCK
 
-__all__ = ['OverLoCK']
+__all__ = ['OverLoCK', 'fold']

@@ -99,6 +99,7 @@ class DynamicConvBlock(nn.Module):
         self.is_last = is_last
         self.kernel_sizes = (SMALL_KERNEL, kernel_size)
         self.num_heads = 2 * num_heads
+        self.query_scale = (dim // self.num_heads) ** -0.5
 
         if not is_first:
             self.x_scale = LayerScale(context_dim)
@@ -179,8 +180,7 @@ class DynamicConvBlock(nn.Module):
             grown = [large if s == min(size) else int(large / min(size) * s) for s in size]
             joint, value = resize(joint, grown), resize(value, grown)
         x, context = joint.split(self.split, dim=1)
-        head_dim = self.split[0] // self.num_heads
-        query = self.weight_query(x) * head_dim**-0.5
+        query = self.weight_query(x) * self.query_scale
         key = self.weight_key(context).flatten(2)
         out = contmix(
             query.unflatten(1, (self.num_heads, -1)),

@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..ops.depthwise import DepthwiseConv2d
+from ..ops.modes import is_compiling
 
 # Kernel size and dilation of the branches beside each large kernel, as in
 # UniRepLKNet (https://arxiv.org/abs/2311.15599).
@@ -18,11 +22,11 @@ DILATED_BRANCHES = {
 }
 
 
-class ResDWConv(nn.Conv2d):
+class ResDWConv(DepthwiseConv2d):
     """3x3 depth-wise convolution added to its input, ``(N, C, H, W)`` -> same."""
 
     def __init__(self, dim: int):
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
+        super().__init__(dim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -55,14 +59,19 @@ class SqueezeExcite(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.proj(x)
+        return x * self.scale(x)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What ``x`` is multiplied by, ``(N, C, 1, 1)``."""
+        return self.proj(x)
 
 
 class GlobalResponseNorm(nn.Module):
     """GRN of ConvNeXt V2 (https://arxiv.org/abs/2301.00808), channels first.
 
     ``(gamma * n + 1) * x + beta``, where ``n`` is each channel's L2 norm over the
-    map divided by the mean of these norms over the channels.
+    map divided by the mean of these norms over the channels. The norms are summed up
+    in float32 at least, so that half precision does not overflow.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -72,9 +81,61 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
-        norm = norm / (norm.mean(dim=1, keepdim=True) + self.eps)
-        return (self.gamma * norm + 1) * x + self.beta
+        return _GlobalResponseNorm.apply(x, self.gamma, self.beta, self.eps)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What ``x`` is multiplied by, ``(N, C, 1, 1)``, in float32 at least."""
+        ratio, _ = _relative_norms(channel_norms(x), self.eps)
+        return self.gamma * ratio[:, :, None, None] + 1
+
+
+class _GlobalResponseNorm(torch.autograd.Function):
+    """One pass for the output and two for the gradient; keeps the input alone."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, eps):
+        norms = channel_norms(x)
+        ratio, mean = _relative_norms(norms, eps)
+        scale = gamma * ratio[:, :, None, None] + 1
+        ctx.save_for_backward(x, gamma, scale, norms, mean)
+        ctx.beta_dtype = beta.dtype
+        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, gamma, scale, norms, mean = ctx.saved_tensors
+        grad_scale = (grad * x).sum((2, 3), dtype=norms.dtype)
+        grad_ratio = grad_scale * gamma.flatten()
+        grad_norms = grad_ratio / mean
+        grad_norms -= (grad_norms * norms / mean).mean(1, keepdim=True)
+        # the norm's gradient is x / norm, and zero for a channel of zeros
+        per_x = torch.where(norms > 0, grad_norms / norms, 0)[:, :, None, None]
+        grad_x = (grad * scale.to(grad.dtype)).addcmul_(x, per_x.to(grad.dtype))
+        grad_gamma = (grad_scale * norms / mean).sum(0).view_as(gamma)
+        grad_beta = grad.sum((0, 2, 3), dtype=norms.dtype).view_as(gamma)
+        return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(ctx.beta_dtype), None
+
+
+def _relative_norms(norms, eps):
+    mean = norms.mean(dim=1, keepdim=True) + eps
+    return norms / mean, mean
+
+
+def channel_norms(x: Tensor) -> Tensor:
+    """L2 norm of every channel over the map, ``(N, C)``, in float32 at least."""
+    if (
+        x.device.type == 'cpu'
+        and x.dtype.itemsize >= 4
+        and x.numel()
+        and not is_compiling()
+    ):
+        # batch norm's statistics are torch's fastest sums over a map by far
+        stats = [torch.batch_norm_update_stats(i, None, None, 0.0) for i in x.split(1)]
+        means, variances = (torch.stack(s) for s in zip(*stats, strict=True))
+        return ((variances + means.square()) * x[0, 0].numel()).sqrt()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=(2, 3), dtype=dtype)
 
 
 class DilatedReparamBlock(nn.Module):
@@ -100,17 +161,12 @@ class DilatedReparamBlock(nn.Module):
             )
         self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
         self.deploy = deploy
-        self.lk_origin = nn.Conv2d(
-            dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=deploy
-        )
+        self.lk_origin = DepthwiseConv2d(dim, kernel_size, bias=deploy)
         if deploy:
             return
         self.origin_bn = nn.BatchNorm2d(dim)
         for k, r in self.branches:
-            conv = nn.Conv2d(
-                dim, dim, k, padding=r * (k - 1) // 2, dilation=r, groups=dim, bias=False
-            )
-            self.add_module(f'dil_conv_k{k}_{r}', conv)
+            self.add_module(f'dil_conv_k{k}_{r}', DepthwiseConv2d(dim, k, r, bias=False))
             self.add_module(f'dil_bn_k{k}_{r}', nn.BatchNorm2d(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,38 +188,34 @@ class DilatedReparamBlock(nn.Module):
         if self.deploy:
             return
         old = self.lk_origin
-        kernel, bias = _fuse_bn(old.weight, self.origin_bn)
+        scale, bias = affine(self.origin_bn)
+        kernel = old.weight.double() * scale.view(-1, 1, 1, 1)
         for k, r in self.branches:
             conv, bn = self._branch(k, r)
-            branch_kernel, branch_bias = _fuse_bn(conv.weight, bn)
+            scale, shift = affine(bn)
             reach = r * (k - 1) // 2
             edge = old.kernel_size[0] // 2 - reach
             span = slice(edge, edge + 2 * reach + 1, r)
-            kernel[:, :, span, span] += branch_kernel
-            bias += branch_bias
+            kernel[:, :, span, span] += conv.weight.double() * scale.view(-1, 1, 1, 1)
+            bias += shift
             delattr(self, f'dil_conv_k{k}_{r}')
             delattr(self, f'dil_bn_k{k}_{r}')
         del self.origin_bn
-        self.lk_origin = nn.Conv2d(
-            old.in_channels,
-            old.out_channels,
-            old.kernel_size,
-            padding=old.padding,
-            groups=old.groups,
-            device=kernel.device,
-            dtype=old.weight.dtype,
-        )
+        merged = DepthwiseConv2d(old.in_channels, old.kernel_size[0])
+        self.lk_origin = merged.to(old.weight.device, old.weight.dtype)
         self.lk_origin.weight.copy_(kernel)
         self.lk_origin.bias.copy_(bias)
         self.lk_origin.train(self.training)
         self.branches, self.deploy = (), True
 
 
-def _fuse_bn(kernel: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Float64 kernel and bias of a bias-free convolution followed by ``bn``."""
-    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-    bias = bn.bias.double() - bn.running_mean.double() * scale
-    return kernel.double() * scale.view(-1, 1, 1, 1), bias
+def affine(layer: nn.BatchNorm2d | LayerScale) -> tuple[Tensor, Tensor]:
+    """Scale and shift of every channel, (C,) each in float64, in evaluation mode."""
+    scale, shift = layer.weight.double().flatten(), layer.bias.double()
+    if isinstance(layer, nn.BatchNorm2d):
+        scale = scale / (layer.running_var.double() + layer.eps).sqrt()
+        shift = shift - layer.running_mean.double() * scale
+    return scale, shift
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -157,6 +157,7 @@ class OverLoCK(BaseModule):
         self.norm_eval = norm_eval
         self.with_cp = with_cp
         self.deploy = deploy
+        self.folded = False  # see overlock_mm.fold
         deepest = out_indices[-1]
 
         blocks = sum(depths) + sum(focus_depths)
@@ -328,6 +329,11 @@ class OverLoCK(BaseModule):
                 update_init_info(self, f'Pretrained: load from {cfg["checkpoint"]}')
 
     def train(self, mode: bool = True):
+        if mode and self.folded:
+            raise RuntimeError(
+                'a folded OverLoCK has no batch norms to train with: build the model '
+                'again and load its checkpoint to train it; fold() is for inference only'
+            )
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:

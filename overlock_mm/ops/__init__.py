@@ -1,3 +1,3 @@
-from .contmix import contmix
+from .contmix import contmix, set_contmix_backend
 
-__all__ = ['contmix']
+__all__ = ['contmix', 'set_contmix_backend']

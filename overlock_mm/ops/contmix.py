@@ -1,11 +1,17 @@
 """ContMix: aggregation with per-position kernels made from region affinities."""
 
+import os
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-# Queries of one row that share a dense (queries x keys) matrix: wide enough for
-# an efficient product, narrow enough that most of the matrix is not zeros.
-_TILE = 24
+from . import contmix_reference, contmix_torch
+from .modes import autocast_dtype
+
+BACKENDS = ('auto', 'torch', 'triton', 'reference')
+_VARIABLE = 'OVERLOCK_MM_CONTMIX'
+_override = None
 
 
 def contmix(
@@ -14,8 +20,9 @@ def contmix(
     value: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
-    rpbs: list[Tensor],
-    kernel_sizes: tuple[int, ...],
+    rpbs: Sequence[Tensor],
+    kernel_sizes: Sequence[int],
+    backend: str = 'auto',
 ) -> Tensor:
     """Mix ``value`` with kernels that every position makes from its context.
 
@@ -25,13 +32,8 @@ def contmix(
     around the position. Windows move inward at the border instead of being
     padded, so every window is full (the rule of neighborhood attention,
     https://arxiv.org/abs/2204.07143). See section 3.3 of
-    https://arxiv.org/abs/2502.20087.
-
-    Two identities make this cheap. The projection is linear in the affinity, so
-    it is applied to the key once (one key vector per tap) and the affinity is
-    never stored. The aggregation is a banded matrix product: the kernels of a
-    tile of queries are scattered into a (queries x keys) matrix, and the k*k-fold
-    copy of the values is never made.
+    https://arxiv.org/abs/2502.20087. Differentiable in every tensor; float64,
+    float32, bfloat16 or float16, with logits and softmax in float32 at least.
 
     Args:
         query: already scaled queries of G heads, ``(N, G, c, H, W)``.
@@ -43,99 +45,128 @@ def contmix(
         proj_bias: ``(sum of k*k,)``.
         rpbs: relative position bias of each kernel, ``(G, 2k-1, 2k-1)``.
         kernel_sizes: odd kernel sizes, none larger than H or W.
+        backend: ``'torch'`` (banded matrix products, any device), ``'triton'``
+            (fused kernels for CUDA), ``'reference'`` (the plain definition, slow)
+            or ``'auto'``: what ``set_contmix_backend`` or the environment variable
+            ``OVERLOCK_MM_CONTMIX`` says, else triton for CUDA tensors that it
+            supports, else torch.
 
     Returns:
         The mixed values, ``(N, C, H, W)``, in the dtype of ``value``.
 
     Raises:
-        ValueError: if the kernel sizes do not fit the other arguments.
+        ValueError: if the backend is unknown or the arguments do not fit together.
+        RuntimeError: if the backend that was asked for cannot run, with the reason.
     """
-    _check(query, value, proj_weight, rpbs, kernel_sizes)
-    n, heads, _, height, width = query.shape
-    query = query.permute(0, 1, 3, 4, 2).flatten(2, 3)
-    taps = [k * k for k in kernel_sizes]
-    outputs = []
-    for k, v, weight, bias, rpb in zip(
-        kernel_sizes,
-        value.chunk(len(kernel_sizes), dim=1),
-        proj_weight.split(taps),
-        proj_bias.split(taps),
-        rpbs,
-        strict=True,
-    ):
-        rows = _window_starts(height, k, value.device)
-        cols = _window_starts(width, k, value.device)
-        tap_keys = key @ weight.t()  # (N, G, c, k*k)
-        logits = query @ tap_keys + bias
-        logits = logits.unflatten(-1, (k, k)).unflatten(2, (height, width))
-        logits = logits + _window_bias(rpb, rows, cols, k)
-        attn = logits.flatten(-2).softmax(dim=-1).to(v.dtype)
-        v = v.unflatten(1, (heads, -1)).permute(0, 1, 3, 4, 2)
-        out = _aggregate(attn.unflatten(-1, (k, k)), v, rows, cols, k)
-        outputs.append(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
-    return torch.cat(outputs, dim=1)
+    _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes)
+    arguments = query, key, value, proj_weight, proj_bias, tuple(rpbs), tuple(kernel_sizes)
+    run = _backend(backend, arguments)
+    if autocast_dtype(value.device.type) is None:
+        return run(*arguments)
+    with torch.autocast(value.device.type, enabled=False):
+        return run(*arguments)
 
 
-def _check(query, value, proj_weight, rpbs, kernel_sizes):
-    heads, (height, width) = query.shape[1], value.shape[-2:]
+def set_contmix_backend(backend: str | None) -> str | None:
+    """Let ``'auto'`` mean ``backend`` from now on, everywhere in this process.
+
+    Args:
+        backend: one of ``BACKENDS``; None removes the override.
+
+    Returns:
+        The override that was in force before, to be set again.
+    """
+    global _override
+    if backend is not None:
+        _known(backend, 'set_contmix_backend')
+    before, _override = _override, backend
+    return before
+
+
+def _backend(name, arguments):
+    source = 'backend'
+    if _known(name, source) == 'auto' and _override is not None:
+        name, source = _override, 'set_contmix_backend'
+    elif name == 'auto' and os.environ.get(_VARIABLE):
+        name, source = _known(os.environ[_VARIABLE], _VARIABLE), _VARIABLE
+    if name in ('auto', 'triton'):
+        reason = _why_not_triton(name, arguments)
+        if name == 'auto':
+            name = 'torch' if reason else 'triton'
+        elif reason:
+            raise RuntimeError(
+                f"ContMix's backend 'triton' ({source}) cannot run: {reason}; "
+                "use 'torch', which runs anywhere, or 'auto', which chooses"
+            )
+    if name == 'triton':
+        from .contmix_triton import contmix as run  # triton is imported only when used
+
+        return run
+    return {'torch': contmix_torch, 'reference': contmix_reference}[name].contmix
+
+
+def _known(name, source):
+    if name not in BACKENDS:
+        raise ValueError(f'{source}={name!r} is not a backend of ContMix: {BACKENDS}')
+    return name
+
+
+def _why_not_triton(name, arguments):
+    """None, or why these arguments cannot go to triton."""
+    device = arguments[0].device.type
+    if name == 'auto' and device != 'cuda':
+        return 'the tensors are not on a GPU'  # without importing triton
+    try:
+        from . import contmix_triton
+    except ImportError as e:
+        return f'triton cannot be imported ({e})'
+    return contmix_triton.unsupported(*arguments)
+
+
+def _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes):
+    shapes = {
+        'query': (query, 5, '(N, G, c, H, W)'),
+        'key': (key, 4, '(N, G, c, L)'),
+        'value': (value, 4, '(N, C, H, W)'),
+        'proj_weight': (proj_weight, 2, '(taps, L)'),
+    }
+    for name, (tensor, ndim, form) in shapes.items():
+        if tensor.ndim != ndim:
+            raise ValueError(f'{name} must be {form}, got the shape {tuple(tensor.shape)}')
+    n, heads, width = query.shape[:3]
+    regions, (h, w) = key.shape[3], value.shape[-2:]
     for k in kernel_sizes:
-        if k % 2 == 0 or k > min(height, width):
+        if k % 2 == 0 or not 0 < k <= min(h, w):
             raise ValueError(
                 f'kernel_sizes={tuple(kernel_sizes)}: every kernel must be odd and at '
-                f'most the shorter side of the {height}x{width} map; resize the map or '
+                f'most the shorter side of the {h}x{w} map; resize the map or '
                 'choose a smaller kernel'
             )
-    expected = [(heads, 2 * k - 1, 2 * k - 1) for k in kernel_sizes]
-    if [tuple(r.shape) for r in rpbs] != expected:
-        raise ValueError(
-            f'rpbs must have the shapes {expected} for {heads} heads and '
-            f'kernel_sizes={tuple(kernel_sizes)}, got '
-            f'{[tuple(r.shape) for r in rpbs]}'
-        )
-    if proj_weight.shape[0] != sum(k * k for k in kernel_sizes):
-        raise ValueError(
-            f'proj_weight has {proj_weight.shape[0]} rows, but kernel_sizes='
-            f'{tuple(kernel_sizes)} need {sum(k * k for k in kernel_sizes)}'
-        )
-    if value.shape[1] % (heads * len(kernel_sizes)):
+    taps = sum(k * k for k in kernel_sizes)
+    expected = {
+        'query': (query.shape, (value.shape[0], heads, width, h, w)),
+        'key': (key.shape, (n, heads, width, regions)),
+        'proj_weight': (proj_weight.shape, (taps, regions)),
+        'proj_bias': (proj_bias.shape, (taps,)),
+        'rpbs': (
+            [tuple(r.shape) for r in rpbs],
+            [(heads, 2 * k - 1, 2 * k - 1) for k in kernel_sizes],
+        ),
+    }
+    for name, (given, needed) in expected.items():
+        if list(given) != list(needed):
+            raise ValueError(
+                f'{name} must have the shape {needed}, got {tuple(given)}, for '
+                f'kernel_sizes={tuple(kernel_sizes)}, a query {tuple(query.shape)}, a key '
+                f'{tuple(key.shape)} and a value {tuple(value.shape)}'
+            )
+    if not kernel_sizes or value.shape[1] % (heads * len(kernel_sizes)):
         raise ValueError(
             f'value has {value.shape[1]} channels, which {heads} heads times '
             f'{len(kernel_sizes)} kernels do not divide'
         )
-
-
-def _window_starts(size: int, k: int, device: torch.device) -> Tensor:
-    """First position that the window of each query reads along one axis, (size,)."""
-    return (torch.arange(size, device=device) - k // 2).clamp(0, size - k)
-
-
-def _window_bias(rpb: Tensor, rows: Tensor, cols: Tensor, k: int) -> Tensor:
-    """Bias of every tap of every window: (G, 2k-1, 2k-1) -> (G, H, W, k, k)."""
-    taps = torch.arange(k, device=rpb.device)
-
-    def offsets(starts):
-        positions = torch.arange(len(starts), device=rpb.device)
-        return ((starts - positions)[:, None] + taps + k - 1).flatten()
-
-    bias = rpb.index_select(1, offsets(rows)).index_select(2, offsets(cols))
-    return bias.unflatten(2, (-1, k)).unflatten(1, (-1, k)).transpose(2, 3)
-
-
-def _aggregate(attn: Tensor, value: Tensor, rows: Tensor, cols: Tensor, k: int) -> Tensor:
-    """Weigh windows: attn (N, G, H, W, k, k), value (N, G, H, W, d) -> as value."""
-    n, heads, height, width = attn.shape[:4]
-    taps = torch.arange(k, device=attn.device)
-    window_rows = rows[:, None] + taps
-    tiles = []
-    for begin in range(0, width, _TILE):
-        end = min(begin + _TILE, width)
-        # the columns that this tile's windows read
-        first = min(max(begin - k // 2, 0), width - k)
-        last = min(max(end - 1 - k // 2, 0), width - k) + k
-        index = ((cols[begin:end] - first)[:, None] + taps)[:, None]
-        kernels = attn[:, :, :, begin:end]
-        band = kernels.new_zeros(*kernels.shape[:-1], last - first)
-        band = band.scatter(-1, index.expand_as(kernels), kernels).flatten(-2)
-        halo = value[:, :, window_rows, first:last]  # (N, G, H, k, last-first, d)
-        tiles.append(band @ halo.flatten(3, 4))
-    return torch.cat(tiles, dim=3)
+    devices = {t.device for t in (query, key, value, proj_weight, proj_bias, *rpbs)}
+    if len(devices) > 1:
+        raise ValueError(
+            f'all tensors must be on one device, got {sorted(map(str, devices))}'
+        )

@@ -1,0 +1,240 @@
+"""Depth-wise convolution that trains fast: large and dilated kernels, exact gradients."""
+
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from .modes import autocast_dtype, is_compiling
+
+# Positions whose products the CPU's weight gradient sums up at once.
+_POSITIONS = 1 << 15
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with one filter per channel, stride 1 and "same" zero padding.
+
+    It computes and stores what ``nn.Conv2d`` does, ``(N, C, H, W)`` to the same shape;
+    see ``depthwise_conv2d`` for what is faster.
+
+    Args:
+        dim: channels C.
+        kernel_size: odd kernel size.
+        dilation: distance of the taps.
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int = 1, bias: bool = True):
+        super().__init__(
+            dim,
+            dim,
+            kernel_size,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=dim,
+            bias=bias,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
+) -> Tensor:
+    """Depth-wise convolution, stride 1, "same" zero padding.
+
+    The same numbers as ``F.conv2d(..., groups=C)``, up to rounding. What differs is the
+    way there, where a better one than torch's is known:
+
+    - On the CPU with oneDNN, torch's weight gradient of a large kernel is slower by an
+      order of magnitude than its forward pass. Here it is one more depth-wise
+      convolution: the map is convolved with the gradient as the kernel. The gradient of
+      the input is a convolution with the flipped kernel.
+    - On a GPU, Triton kernels and cuDNN are timed once for each shape, and the faster is
+      kept; with ``torch.use_deterministic_algorithms``, cuDNN runs unasked.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weight: ``(C, 1, k, k)`` with odd k.
+        bias: ``(C,)``, or None.
+        dilation: distance of the taps.
+
+    Returns:
+        ``(N, C, H, W)``, in the dtype of ``x`` or, under autocast, in autocast's.
+    """
+    device = x.device.type
+    dtype = autocast_dtype(device)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return depthwise_conv2d(x, weight, bias, dilation)
+    if is_compiling() or not _worthwhile(x, weight, dilation):
+        return _conv(x, weight, bias, dilation)
+    return _Depthwise.apply(x, weight, bias, dilation)
+
+
+def _conv(x, weight, bias=None, dilation=1):
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(x, weight, bias, 1, padding, dilation, weight.shape[0])
+
+
+def _worthwhile(x, weight, dilation) -> bool:
+    """Whether anything here may be faster than what torch does by itself."""
+    k = weight.shape[-1]
+    if not x.numel() or (k < 5 and dilation == 1):
+        return False
+    if x.device.type == 'cpu':
+        return _onednn_takes(x) and (torch.is_grad_enabled() or _too_sparse(k, dilation))
+    return x.device.type == 'cuda' and not torch.are_deterministic_algorithms_enabled()
+
+
+def _onednn_takes(x) -> bool:
+    """oneDNN's fast depth-wise kernels are those for x86 with AVX."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and 'AVX' in torch.backends.cpu.get_cpu_capability()
+        and x.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _too_sparse(k, dilation) -> bool:
+    """oneDNN is several times faster with the dense kernel, zeros between the taps."""
+    return dilation > 1 and dilation * (k - 1) >= 16
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        out = _op('forward', weight, x, weight, dilation)
+        return out if bias is None else out.add_(bias.view(-1, 1, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        grad_x = _op('input_grad', weight, grad, weight, ctx.dilation) if for_x else None
+        grad_weight = None
+        if for_weight:
+            k = weight.shape[-1]
+            grad_weight = _op('weight_grad', weight, x, grad, k, ctx.dilation).to(
+                weight.dtype
+            )
+        grad_bias = grad.sum((0, 2, 3)) if for_bias else None
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _op(name, weight, *args):
+    if weight.device.type == 'cpu':
+        return _ON_CPU[name](*args)
+    return _fastest_on_gpu(name, weight, args)(*args)
+
+
+def _forward_on_cpu(x, weight, dilation):
+    k = weight.shape[-1]
+    if _too_sparse(k, dilation):
+        dense = weight.new_zeros(*weight.shape[:2], *[dilation * (k - 1) + 1] * 2)
+        dense[:, :, ::dilation, ::dilation] = weight
+        weight, dilation = dense, 1
+    return _conv(x, weight, None, dilation)
+
+
+def _input_grad_on_cpu(grad, weight, dilation):
+    return _forward_on_cpu(grad, weight.flip(2, 3), dilation)
+
+
+def _weight_grad_on_cpu(x, grad, k, dilation):
+    """Convolve the map with its gradient as the kernel; the dilation is the stride."""
+    channels, height, width = x.shape[1:]
+    reach = dilation * (k // 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows = max(1, _POSITIONS // width)
+    pad_rows = reach
+    if rows < height:
+        x, pad_rows = F.pad(x, (0, 0, reach, reach)), 0
+    total = x.new_zeros(channels, 1, k, k, dtype=torch.float32)
+    for image, kernel in zip(x.split(1), grad.unsqueeze(2), strict=True):
+        for begin in range(0, height, rows):
+            part = kernel[:, :, begin : begin + rows]
+            halo = (
+                image
+                if pad_rows
+                else image[:, :, begin : begin + part.shape[2] + 2 * reach]
+            )
+            taps = F.conv2d(halo, part, None, dilation, (pad_rows, reach), 1, channels)
+            total += taps.transpose(0, 1)
+    return total
+
+
+_ON_CPU = {
+    'forward': _forward_on_cpu,
+    'input_grad': _input_grad_on_cpu,
+    'weight_grad': _weight_grad_on_cpu,
+}
+
+
+def _input_grad_by_torch(grad, weight, dilation):
+    padding = dilation * (weight.shape[-1] // 2)
+    shape, groups = grad.shape, weight.shape[0]
+    return conv2d_input(shape, weight, grad, 1, padding, dilation, groups)
+
+
+def _weight_grad_by_torch(x, grad, k, dilation):
+    channels, padding = x.shape[1], dilation * (k // 2)
+    return conv2d_weight(x, (channels, 1, k, k), grad, 1, padding, dilation, channels)
+
+
+_BY_TORCH = {
+    'forward': lambda x, weight, dilation: _conv(x, weight, None, dilation),
+    'input_grad': _input_grad_by_torch,
+    'weight_grad': _weight_grad_by_torch,
+}
+# The implementation that was the fastest on a GPU, by what was asked of it.
+_fastest: dict[tuple, Callable] = {}
+
+
+def _fastest_on_gpu(name, weight, args):
+    """Time torch's (cuDNN's) way and Triton's at the first call for a shape."""
+    asked = (
+        name,
+        *((a.shape, a.dtype, a.device) if torch.is_tensor(a) else a for a in args),
+    )
+    if asked in _fastest:
+        return _fastest[asked]
+    by_torch = _BY_TORCH[name]
+    if torch.cuda.is_current_stream_capturing():
+        return by_torch  # into a CUDA graph, in which nothing can be timed
+    _fastest[asked] = by_torch
+    with suppress(ImportError):
+        from . import depthwise_triton
+
+        if not depthwise_triton.unsupported(args[0], weight):
+            by_triton = getattr(depthwise_triton, name)
+            try:
+                if _seconds(by_triton, args) < _seconds(by_torch, args):
+                    _fastest[asked] = by_triton
+            except Exception as e:  # a GPU or a driver that Triton cannot compile for
+                warnings.warn(f'Triton failed, cuDNN is used: {e}', stacklevel=2)
+    return _fastest[asked]
+
+
+def _seconds(run, args):
+    times = []
+    for _ in range(4):  # the first compiles or plans
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run(*args)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
