@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 # (N, G, c, channels of a head and kernel, H, W, kernel sizes); tiles are 16 wide
 CASES = {
     'height equals k': (2, 1, 3, 2, 3, 18, (3,)),
-    'width equals k': (1, 1, 2, 5, 9, 5, (3, 5)),
+    'width equals k': (2, 1, 2, 5, 9, 5, (3, 5)),
     'both equal k': (1, 1, 16, 16, 13, 13, (5, 13)),
     'stage 4': (1, 1, 10, 8, 8, 9, (5, 7)),
     'wider than a tile': (1, 1, 14, 10, 13, 17, (5, 13)),
@@ -131,12 +131,20 @@ def test_half_precision(dtype, tolerance):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits(dtype):
-    """Logits of 1e4 neither overflow nor lose the digits that order them."""
+    """Logits of 1e4 do not overflow."""
     (query, *rest), kernels = make_inputs((1, 1, 8, 4, 4, 5, (3,)), dtype)
     inputs = [query * 4096, *rest], kernels
     actual, expected = fused(*inputs), exact(*inputs)
     assert all(a.isfinite().all() for a in actual)
     assert_near(actual[:1], expected[:1], 8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_sharp_weights_in_half_precision():
+    """Logits of 1e2: rounded to bfloat16 they would be off by 0.5, and gradients that
+    nearly cancel would be lost in the rounding of the output."""
+    (query, *rest), kernels = make_inputs((1, 1, 8, 4, 4, 5, (3,)), torch.bfloat16)
+    inputs = [query * 64, *rest], kernels
+    assert_near(fused(*inputs), exact(*inputs), 8e-3)
 
 
 def test_strides():
@@ -215,6 +223,8 @@ def test_unsupported_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     query = SimpleNamespace(is_cuda=True, device='cuda:0')
     assert 'older than compute capability 8.0' in reason([query] + [None] * 5, (3,))
+    monkeypatch.setattr(torch.version, 'hip', '6.0')
+    assert 'NVIDIA' in reason([query] + [None] * 5, (3,))
 
 
 # compute capability, dtype, memory format, case: xt and t at 800x1333, and corners

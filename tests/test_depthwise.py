@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from overlock_mm.models.layers import DILATED_BRANCHES, DilatedReparamBlock
+from overlock_mm.models.layers import DILATED_BRANCHES
 from overlock_mm.ops import depthwise
 from overlock_mm.ops.depthwise import DepthwiseConv2d, depthwise_conv2d
 
@@ -116,5 +116,5 @@ def test_is_a_conv2d():
 
 
 def test_compiles_without_graph_breaks():
-    block, x = DilatedReparamBlock(8, 9), torch.randn(1, 8, 16, 16)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+    conv, x = DepthwiseConv2d(8, 9), torch.randn(1, 8, 16, 16)
+    torch.testing.assert_close(torch.compile(conv, fullgraph=True)(x), conv(x))

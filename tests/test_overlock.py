@@ -1,16 +1,23 @@
 """The backbone's options, forms and metadata."""
 
+import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from mmengine.registry import MODELS, Registry
 from test_parity import filled
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from overlock_mm import OverLoCK
-from overlock_mm.models.layers import DILATED_BRANCHES, DilatedReparamBlock
+from overlock_mm import OverLoCK, fold
+from overlock_mm.models.layers import (
+    DILATED_BRANCHES,
+    DilatedReparamBlock,
+    GlobalResponseNorm,
+)
 
 # the same structure as the real ones, small enough for many tests
 TINY = dict(
@@ -232,6 +239,118 @@ def test_switch_to_deploy_of_a_real_arch():
             assert relative_error(out, expected) < 1e-5
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('context_skip', [False, True])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_fold(context_skip, memory_format, dtype, tolerance):
+    """On maps larger and smaller than the weights, on several images at once."""
+    model = tiny(context_skip=context_skip).to(dtype)
+    for shape in ((2, 3, 96, 64), (1, 3, 200, 233)):
+        x = image(*shape).to(dtype).contiguous(memory_format=memory_format)
+        with torch.no_grad():
+            expected = model.eval()(x)
+            folded = fold(copy.deepcopy(model).train())  # in evaluation mode from now on
+            for out, needed in zip(folded(x), expected, strict=True):
+                assert out.shape == needed.shape and out.dtype == dtype
+                assert relative_error(out, needed) < tolerance
+    assert not any(isinstance(m, _BatchNorm) for m in folded.modules())
+
+
+@pytest.mark.parametrize(
+    'form', [dict(arch='xt', context_skip=True), dict(arch='xt', deploy=True)]
+)
+def test_fold_a_real_arch(form):
+    model = filled(OverLoCK(**form), torch.float32).eval()
+    x = image(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)
+        assert fold(model) is model
+        for out, needed in zip(model(x), expected, strict=True):
+            assert relative_error(out, needed) < 1e-4
+        assert fold(model) is model  # again: nothing left to do
+        assert torch.equal(model(x)[3], out)
+
+
+def test_a_folded_model_is_for_inference():
+    class Segmentor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = tiny(), nn.Conv2d(40, 2, 1)
+
+    model = fold(Segmentor())
+    assert not model.training and not model.backbone.training
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert model.head.weight.requires_grad
+    assert model.eval() is model
+    with pytest.raises(RuntimeError, match='fold.. is for inference only'):
+        model.train()
+    with pytest.raises(ValueError, match='no OverLoCK in this Conv2d'):
+        fold(nn.Conv2d(1, 1, 1))
+
+
+def test_fold_after_synchronised_batch_norms():
+    model = tiny().eval()
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)[3]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert relative_error(fold(model)(x)[3], expected) < 1e-4
+
+
+def test_channels_last_throughout():
+    """Every layer gets and returns channels_last maps, or channels cut out of them."""
+    model, seen = tiny(context_skip=True).to(memory_format=torch.channels_last).eval(), []
+
+    def check(module, inputs, outputs, name):
+        for t in (*inputs, *(outputs if isinstance(outputs, tuple) else (outputs,))):
+            if t.ndim == 4 and min(t.shape[1:]) > 1:
+                seen.append(name)
+                assert t.stride(1) == 1, (name, t.shape, t.stride())
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(partial(check, name=name))
+    with torch.no_grad():
+        model(image(2, 3, 96, 128).contiguous(memory_format=torch.channels_last))
+    assert len(seen) > 200
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_finite(dtype):
+    """With the largest maps that are usual, whose channels' norms are beyond float16."""
+    model = tiny().eval()
+    with torch.no_grad(), torch.autocast('cpu', dtype):
+        maps = model(image(1, 3, 1024, 1024))
+        folded = fold(model)(image(1, 3, 1024, 1024))
+    assert all(m.isfinite().all() for m in (*maps, *folded))
+    norm = randomised(GlobalResponseNorm(8))
+    x = 300 * image(1, 8, 256, 256)  # of norm 300 * 256
+    exact = norm(x)
+    assert relative_error(norm.to(dtype)(x.to(dtype)).float(), exact) < 0.02
+
+
+@pytest.mark.parametrize('shape', [(2, 6, 5, 7), (1, 6, 1, 1), (0, 6, 4, 4)], ids=str)
+def test_global_response_norm(shape):
+    norm = randomised(GlobalResponseNorm(6)).double()
+    x = image(*shape).double().requires_grad_()
+    with torch.no_grad():
+        x[:, 2] = 0  # a channel of zeros, whose norm has no gradient
+
+    def plain(x, gamma, beta):
+        norms = x.square().sum((2, 3), keepdim=True)
+        norms = torch.where(norms > 0, norms, 1).sqrt() * (norms > 0)
+        return (gamma * norms / (norms.mean(1, keepdim=True) + norm.eps) + 1) * x + beta
+
+    expected = plain(x, norm.gamma, norm.beta)
+    out = norm(x)
+    torch.testing.assert_close(out, expected)
+    weights = image(*shape).double() + 1
+    parts = x, norm.gamma, norm.beta
+    torch.testing.assert_close(
+        torch.autograd.grad((out * weights).sum(), parts),
+        torch.autograd.grad((expected * weights).sum(), parts),
+    )
+
+
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 def test_frozen_stages(frozen_stages):
     model = tiny(frozen_stages=frozen_stages, context_skip=True).train()
@@ -311,7 +430,7 @@ def test_checkpointing_saves_memory():
         return sum(sizes)
 
     assert kept(True) < kept((3, 4)) < kept(False)
-    assert kept(True) < 0.2 * kept(False)
+    assert kept(True) < 0.25 * kept(False)
 
 
 def test_registered_once_and_found_from_every_scope():

@@ -149,6 +149,16 @@ def test_segmentor_augmented(segmentor, configs, demo_data):
     assert dumped.model.type == 'SegTTAModel'
 
 
+def test_folded_backbone(segmentor, configs, demo_data):
+    metrics = []
+    for fold in ([], ['--fold']):
+        work_dir = f'seg_fold{len(fold)}'
+        command = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
+        run([*command, '--work-dir', work_dir, '--out', work_dir, *fold], demo_data)
+        metrics.append(metrics_in(demo_data / work_dir))
+    assert metrics[1]['mIoU'] == pytest.approx(metrics[0]['mIoU'], abs=0.5)
+
+
 def test_detector_pictures_and_predictions(detector, configs, demo_data):
     run(
         [

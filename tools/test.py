@@ -5,6 +5,7 @@ import os
 import sys
 
 try:
+    import overlock_mm
     from overlock_mm import cli
 except ModuleNotFoundError as error:
     sys.stderr.write(
@@ -32,6 +33,12 @@ def parse_args():
         action='store_true',
         help='test-time augmentation: several scales, and flipped (boxes '
         'only for detectors)',
+    )
+    parser.add_argument(
+        '--fold',
+        action='store_true',
+        help="evaluate the backbone's inference-only form (overlock_mm.fold): the same "
+        'predictions up to rounding, faster',
     )
     cli.add_shared_arguments(parser)
     return parser.parse_args()
@@ -73,6 +80,12 @@ def main():
         from mmdet.evaluation import DumpDetResults
 
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    if args.fold:
+        from mmengine.hooks import Hook
+
+        hook = Hook()  # the runner loads the weights after it is built
+        hook.before_test = lambda runner: overlock_mm.fold(runner.model)
+        runner.register_hook(hook)
     runner.test()
 
 

@@ -39,9 +39,10 @@ def fold(model: nn.Module) -> nn.Module:
     model.eval()
     with torch.no_grad():
         for backbone in backbones:
-            _fold_children(backbone)
-            backbone.folded = True
-            backbone.requires_grad_(False)
+            if not backbone.folded:
+                _fold_children(backbone)
+                backbone.folded = True
+                backbone.requires_grad_(False)
     return model
 
 
@@ -208,14 +209,11 @@ def _conv(conv: nn.Conv2d, before=None, after=None, shift=0) -> nn.Conv2d:
 
 
 def _pointwise(x: Tensor, conv: nn.Conv2d, scale: Tensor | None) -> Tensor:
-    """1x1 convolution of ``x * scale``, where scale is (N, C, 1, 1)."""
-    n, channels, height, width = x.shape
+    """1x1 convolution of ``x * scale``, where scale is (N, C, 1, 1); may change ``x``."""
     if scale is None:
         return conv(x)
-    if height * width < conv.out_channels:
-        return conv(x * scale.to(x.dtype))
-    # the map is larger than the weights: scale these, for every image
-    weight = (conv.weight.flatten(1) * scale.view(n, 1, channels)).to(x.dtype)
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-    out = torch.baddbmm(conv.bias, rows, weight.mT)
-    return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    if len(x) == 1 and x[0, 0].numel() > conv.out_channels:
+        # the map is larger than the weights, so scale these
+        weight = conv.weight * scale.to(conv.weight.dtype).view(-1, 1, 1)
+        return F.conv2d(x, weight, conv.bias)
+    return conv(x.mul_(scale.to(x.dtype)))

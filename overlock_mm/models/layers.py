@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.depthwise import DepthwiseConv2d
 from ..ops.modes import is_compiling
@@ -209,10 +210,10 @@ class DilatedReparamBlock(nn.Module):
         self.branches, self.deploy = (), True
 
 
-def affine(layer: nn.BatchNorm2d | LayerScale) -> tuple[Tensor, Tensor]:
+def affine(layer: _BatchNorm | LayerScale) -> tuple[Tensor, Tensor]:
     """Scale and shift of every channel, (C,) each in float64, in evaluation mode."""
     scale, shift = layer.weight.double().flatten(), layer.bias.double()
-    if isinstance(layer, nn.BatchNorm2d):
+    if isinstance(layer, _BatchNorm):
         scale = scale / (layer.running_var.double() + layer.eps).sqrt()
         shift = shift - layer.running_mean.double() * scale
     return scale, shift

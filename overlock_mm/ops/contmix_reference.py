@@ -1,6 +1,7 @@
 """ContMix as it is defined: unfold the moved windows, weigh them, add them up."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,19 +20,19 @@ def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Te
         rpbs,
         strict=True,
     ):
-        rows, y = _windows(height, k, value.device)
-        cols, x = _windows(width, k, value.device)
+        y, x = (_bias_places(size, k, value.device) for size in (height, width))
         bias = rpb.to(dtype)[:, y[:, None, :, None], x[None, :, None, :]]
         attn = (scores + bias.flatten(-2)).softmax(dim=-1).to(value.dtype)
-        v = v.unflatten(1, (heads, -1))
-        windows = v[..., rows[:, None, :, None], cols[None, :, None, :]].flatten(-2)
-        outputs.append(torch.einsum('nghwt,ngdhwt->ngdhw', attn, windows).flatten(1, 2))
+        # the k x k windows that lie inside; those at the border serve their neighbours
+        windows = F.unfold(v, k).unflatten(2, (height - k + 1, width - k + 1))
+        windows = F.pad(windows, [k // 2] * 4, mode='replicate')
+        windows = windows.unflatten(1, (heads, -1, k * k))
+        outputs.append(torch.einsum('nghwt,ngdthw->ngdhw', attn, windows).flatten(1, 2))
     return torch.cat(outputs, dim=1)
 
 
-def _windows(size: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Along one axis, (size, k): positions that each query reads, and where in rpb."""
-    queries = torch.arange(size, device=device)[:, None]
+def _bias_places(size: int, k: int, device: torch.device) -> Tensor:
+    """Where each query's taps read a position bias along one axis, (size, k)."""
+    queries = torch.arange(size, device=device)
     starts = (queries - k // 2).clamp(0, size - k)
-    positions = starts + torch.arange(k, device=device)
-    return positions, positions - queries + k - 1
+    return (starts - queries)[:, None] + torch.arange(k, device=device) + k - 1

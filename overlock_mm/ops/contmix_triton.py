@@ -39,6 +39,8 @@ def unsupported(
     interpreted = not isinstance(_forward, triton.JITFunction)
     if not (query.is_cuda or interpreted):
         return f'the tensors are on {query.device.type!r} and not on a GPU'
+    if query.is_cuda and torch.version.hip:
+        return 'the kernels are written for NVIDIA GPUs'
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         return 'the GPU is older than compute capability 8.0'
     for tensor in (query, key, value, proj_weight, proj_bias, *rpbs):
@@ -90,14 +92,14 @@ class _ContMix(torch.autograd.Function):
                 _map(query), _map(value, parts), _map(out, parts), lse, *tables, *sizes,
                 **constants
             )  # fmt: skip
-        ctx.save_for_backward(query, value, out, lse, *tables)
+        ctx.save_for_backward(query, value, lse, *tables)
         ctx.kernel_sizes = kernel_sizes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, value, out, lse, *tables = ctx.saved_tensors
+        query, value, lse, *tables = ctx.saved_tensors
         tap_keys, _, rpb = tables
         kernel_sizes = ctx.kernel_sizes
         n, heads, _, height, width = query.shape
@@ -114,7 +116,7 @@ class _ContMix(torch.autograd.Function):
         maps = _map(query), _map(value, parts), _map(grad, parts)
         with torch.cuda.device_of(query):
             _backward_query[(tiles,)](
-                *maps, _map(out, parts), _map(grad_query), lse, delta, *tables, *sizes,
+                *maps, _map(grad_query), lse, delta, *tables, *sizes,
                 **constants
             )  # fmt: skip
             for i, k in enumerate(kernel_sizes):
@@ -173,19 +175,21 @@ def _map(x, parts=None):
 def _sizes(query, value, kernel_sizes):
     """The arguments that all launches share: (sizes, constants and options)."""
     _, heads, width, *size = query.shape
+    depth = value.shape[1] // (heads * len(kernel_sizes))
+    single = query.dtype == torch.float32
     return (heads, *size), dict(
         C=width,
-        D=value.shape[1] // (heads * len(kernel_sizes)),
+        D=depth,
         KERNELS=kernel_sizes,
         # The logits stay as exact as float32: the tap keys are float32, whatever the
         # query is, since rounding them to a half type would move large logits by whole
         # units. Half queries are exact in TF32, and three TF32 products add the rest of
         # the tap keys, on the tensor cores; float32 queries get true float32 products.
-        PRECISION='ieee' if query.dtype == torch.float32 else 'tf32x3',
-        # One warp for a tile of tensor core products. True float32 products keep more
-        # in registers: two warps, or they spill. So does pipelining the loads, whose
-        # latency the other programs of a multiprocessor hide as well.
-        num_warps=2 if query.dtype == torch.float32 else 1,
+        PRECISION='ieee' if single else 'tf32x3',
+        # A tile of tensor core products is the work of one warp. True float32 products
+        # and wider tiles need more registers than it has. So does pipelining the loads,
+        # whose latency the other programs of a multiprocessor hide as well.
+        num_warps=2 if single or max(width, depth, *kernel_sizes) > _TILE.value else 1,
         num_stages=1,
     )
 
@@ -366,15 +370,15 @@ def _mix(
 
 
 @triton.jit
-def _grad_logits(weights, grad, v, delta, unskew):
-    """Gradient of the logits of a tap row; 0 in the padding of the taps."""
+def _grad_weights(grad, v, unskew):
+    """(queries, taps) of a tap row; any finite number in the padding of the taps."""
     grad_band = tl.dot(grad, tl.trans(v), input_precision='ieee')
-    return weights * (tl.gather(grad_band, unskew, 1) - delta[:, None])
+    return tl.gather(grad_band, unskew, 1)
 
 
 @triton.jit
 def _backward_query(
-    query, value, grad, out, grad_query, lse, delta, tap_keys, proj_bias, rpb,
+    query, value, grad, grad_query, lse, delta, tap_keys, proj_bias, rpb,
     heads, height, width,
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +392,7 @@ def _backward_query(
     grad_q = tl.zeros((_TILE, _padded(C)), tl.float32)
     for i in tl.static_range(len(KERNELS)):
         grad_q = _add_grad_query(
-            grad_q, q, value, grad, out, lse, delta, tap_keys, proj_bias, rpb,
+            grad_q, q, value, grad, lse, delta, tap_keys, proj_bias, rpb,
             image, head, row, tile, heads, height, width, C, D, KERNELS, PRECISION, i,
         )  # fmt: skip
     _store(grad_query, grad_q, image, head, row, queries, width, C)
@@ -396,12 +400,18 @@ def _backward_query(
 
 @triton.jit
 def _add_grad_query(
-    grad_q, q, value, grad, out, lse, delta, tap_keys, proj_bias, rpb,
+    grad_q, q, value, grad, lse, delta, tap_keys, proj_bias, rpb,
     image, head, row, tile, heads, height, width,
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The part of ``_backward_query`` of one kernel."""
+    """The part of ``_backward_query`` of one kernel.
+
+    The gradient of a logit is weight times (gradient of the weight - delta). Delta is
+    known after the last tap, so that its part comes off at the end. It could be had
+    before as output times its gradient, but the output is rounded to its type, and
+    where one tap has nearly all weight that error exceeds the gradient.
+    """
     COUNT: tl.constexpr = len(KERNELS)
     K: tl.constexpr = KERNELS[INDEX]
     BAND: tl.constexpr = _padded(_TILE + K - 1)
@@ -417,11 +427,10 @@ def _add_grad_query(
     taps = tl.arange(0, _padded(K))
     unskew = tl.minimum((left - first)[:, None] + taps[None, :], BAND - 1)
     g = _load(grad, image, part, row, queries, width, D)
-    o = _load(out, image, part, row, queries, width, D)
-    delta_q = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     place = ((image * COUNT * heads + part) * height + row) * width
-    tl.store(delta + place + queries, delta_q, mask=queries < width)
     lse_q = tl.load(lse + place + columns)
+    delta_q = tl.zeros((_TILE,), tl.float32)
+    mean_keys = tl.zeros((_TILE, _padded(C)), tl.float32)
     for a in range(K):
         keys = _load_keys(tap_keys, a, C, K)
         logits = _logits(
@@ -430,9 +439,12 @@ def _add_grad_query(
         )  # fmt: skip
         weights = tl.exp(logits - lse_q[:, None])
         v = _load(value, image, part, top + a, first + tl.arange(0, BAND), width, D)
-        grad_logits = _grad_logits(weights, g, v, delta_q, unskew)
-        grad_q += tl.dot(grad_logits, keys, input_precision=PRECISION)
-    return grad_q
+        weighed = weights * _grad_weights(g, v, unskew)
+        delta_q += tl.sum(weighed, 1)
+        grad_q += tl.dot(weighed, keys, input_precision=PRECISION)
+        mean_keys += tl.dot(weights, keys, input_precision=PRECISION)
+    tl.store(delta + place + queries, delta_q, mask=queries < width)
+    return grad_q - delta_q[:, None] * mean_keys
 
 
 @triton.jit
@@ -482,7 +494,7 @@ def _backward_taps(
             delta_q = tl.load(delta + place + queries, mask=queries < width, other=0.0)
             v = _load(value, image, part, top + a, first + tl.arange(0, BAND), width, D)
             unskew = tl.minimum((left - first)[:, None] + taps[None, :], BAND - 1)
-            grad_logits = _grad_logits(weights, g, v, delta_q, unskew)
+            grad_logits = weights * (_grad_weights(g, v, unskew) - delta_q[:, None])
             keys_sum += tl.dot(tl.trans(grad_logits), q, input_precision=PRECISION)
             bias_sum += tl.sum(grad_logits, 0)
             skew = _tap_of(places[None, :] - bias_columns[:, None], K)
