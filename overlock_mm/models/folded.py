@@ -83,12 +83,12 @@ class _FoldedMlp(nn.Module):
         self.shortcut = _Shortcut(shortcut)
 
     def forward(self, x: Tensor, shortcut: Tensor, scale: Tensor | None = None) -> Tensor:
-        x = self.dwconv(F.gelu(_pointwise(x, self.expand, scale)))
+        x = self.dwconv(_gelu_(_pointwise(x, self.expand, scale)))
         return self.shortcut(shortcut, _pointwise(x, self.reduce, self.norm.scale(x)))
 
 
 class _Shortcut(nn.Module):
-    """Add the shortcut, scaled; the shift of its layer scale is in the branch."""
+    """Add the shortcut, scaled, to the branch, which has the shift of the layer scale."""
 
     def __init__(self, scale: LayerScale | nn.Identity):
         super().__init__()
@@ -99,8 +99,8 @@ class _Shortcut(nn.Module):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         if self.weight is None:
-            return branch + shortcut
-        return torch.addcmul(branch, shortcut, self.weight)
+            return branch.add_(shortcut)
+        return branch.addcmul_(shortcut, self.weight)
 
 
 class _FoldedRepConvBlock(nn.Module):
@@ -170,8 +170,9 @@ class _FoldedDynamicConvBlock(DynamicConvBlock):
 
     def _mix(self, joint):
         value = self.fusion(joint)
-        mixed = self.dyconv_proj(self._contmix(joint, value)) + self.lepe(value)
-        return _pointwise(self.gate(value) * mixed, self.proj, self.se_layer.scale(mixed))
+        mixed = self.dyconv_proj(self._contmix(joint, value)).add_(self.lepe(value))
+        scale = self.se_layer.scale(mixed)
+        return _pointwise(mixed.mul_(self.gate(value)), self.proj, scale)
 
 
 def _conv(conv: nn.Conv2d, before=None, after=None, shift=0) -> nn.Conv2d:
@@ -206,6 +207,11 @@ def _conv(conv: nn.Conv2d, before=None, after=None, shift=0) -> nn.Conv2d:
         values = values.to(conv.weight.dtype).contiguous()
         setattr(merged, name, nn.Parameter(values, requires_grad=False))
     return merged.eval()
+
+
+# The forward passes change maps in place where nothing else reads them: fresh memory
+# costs as much as the arithmetic on it.
+_gelu_ = torch.ops.aten.gelu_
 
 
 def _pointwise(x: Tensor, conv: nn.Conv2d, scale: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 # enough that most of the matrix is not zeros.
 _TILE = 24
 # Taps, over all rows of a chunk, whose logits are in memory at a time (4 MiB in float32).
-_CHUNK = 1 << 19
+_CHUNK = 1 << 20
 
 
 def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Tensor:
