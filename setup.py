@@ -34,7 +34,7 @@ setup(
             'regex',
         ],
         'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools', 'opencv-python'],
-        'test': ['pytest>=8', 'ruff'],
+        'test': ['pytest>=8', 'pytest-xdist', 'ruff'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -229,3 +229,17 @@ def test_plot_without_matplotlib(benchmark, arguments, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(benchmark.cli.UserError, match='pip install matplotlib'):
         benchmark.check(args)
+
+
+def test_the_documented_figures(benchmark):
+    """Every row of benchmarks/README.md says what its JSON file and command say."""
+    text = (ROOT / 'benchmarks/README.md').read_text()
+    files = sorted((ROOT / 'benchmarks').glob('*.json'))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text())
+        (row,) = (line for line in text.splitlines() if f']({file.name})' in line)
+        command = result['command'].removeprefix('python tools/benchmark.py ')
+        assert f'`{command}`' in row
+        assert f'| {benchmark.number(result["median_ratio"])} (' in row
+        assert result['median_ratio'] == pytest.approx(median(result['ratios']))
