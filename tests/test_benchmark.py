@@ -197,7 +197,7 @@ def test_op_options(benchmark, arguments, monkeypatch, options, against):
         ('op', ['--shape', '1x16x14'], ['--shape', '1x256x50x84']),
         ('op', ['--kernel', '15'], ['kernel_sizes=(5, 15)', '14x15 map']),
         ('op', ['--heads', '3'], ['16 channels', '3 heads']),
-        ('op', ['--backend', 'triton'], ['triton', "use 'torch'"]),
+        ('op', ['--backend', 'triton', '--dtype', 'float64'], ['triton', "use 'torch'"]),
         ('op', ['--backend', 'tritn'], ['--backend', "'tritn'", 'triton']),
         ('op', ['--json', 'none/out.json'], ['none/out.json', 'folder']),
         ('op', ['--plot', 'out.jpg'], ['out.jpg', '.png']),
@@ -215,6 +215,7 @@ def test_what_cannot_be_measured(
     benchmark, monkeypatch, tmp_path, capsys, command, options, words
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', command, *SMALL[command], *options])
     with pytest.raises(SystemExit) as stopped, benchmark.cli.plain_errors():
         benchmark.main()
