@@ -10,6 +10,9 @@ from difflib import get_close_matches
 from importlib.metadata import distributions
 from pathlib import Path
 
+from .checkpoint import load_checkpoint
+from .weights_file import CheckpointError
+
 # name, and its packages in the two families that own the same import names
 _TOOLBOXES = {
     'mmseg': ('MMSegmentation', 'onedl-mmsegmentation', 'mmsegmentation'),
@@ -24,15 +27,38 @@ class UserError(Exception):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn a :class:`UserError` into one line on stderr and exit status 2."""
+    """Turn errors that the caller can mend into one line on stderr and exit status 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         if is_main_process():
             sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # the status of an interrupted command; where it was says nothing
+
+
+def load_strictly(runner, cfg, before: str) -> None:
+    """Have ``cfg.load_from`` loaded by ``load_checkpoint``, where the backbone is ours.
+
+    mmengine would load what fits and only log the rest.
+
+    Args:
+        runner: an mmengine Runner, built from ``cfg``.
+        cfg: its config.
+        before: point of the run, after the weights are initialised: 'train' or 'test'.
+    """
+    from mmengine.hooks import Hook
+
+    model = runner.model
+    while hasattr(model, 'module'):  # of distributed training, of augmented testing
+        model = model.module
+    if not hasattr(getattr(model, 'backbone', None), 'absent_parts'):
+        return
+    runner._load_from = None
+    hook = Hook()
+    setattr(hook, f'before_{before}', lambda _: load_checkpoint(model, cfg.load_from))
+    runner.register_hook(hook, priority='VERY_HIGH')
 
 
 def is_main_process() -> bool:

@@ -159,6 +159,25 @@ def test_folded_backbone(segmentor, configs, demo_data):
     assert metrics[1]['mIoU'] == pytest.approx(metrics[0]['mIoU'], abs=0.5)
 
 
+def test_a_checkpoint_that_does_not_fit(segmentor, configs, demo_data):
+    """Neither testing nor training goes on with half of the weights."""
+    checkpoint = segmentor / 'iter_6.pth'
+    change = ['--cfg-options', 'model.backbone.context_skip=True']
+    test = [*tool('test.py'), configs / 'segmentor.py', checkpoint, '--work-dir', 'unfit']
+    fails(
+        [*test, *change],
+        demo_data,
+        'missing from the file: backbone.',
+        'context_skip=False',
+    )
+    train = [*tool('train.py'), configs / 'segmentor.py', '--work-dir', 'unfit']
+    fails(
+        [*train, '--no-pretrained', *change, f'load_from={checkpoint}'],
+        demo_data,
+        'missing from the file: backbone.',
+    )
+
+
 def test_detector_pictures_and_predictions(detector, configs, demo_data):
     run(
         [

@@ -76,6 +76,7 @@ def main():
     if args.tta:
         use_test_time_augmentation(cfg, evaluator)
     runner = Runner.from_cfg(cfg)
+    cli.load_strictly(runner, cfg, before='test')
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import load_pretrained
+from ..checkpoint import load_checkpoint
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import DilatedReparamBlock, LayerScale, resize
 
@@ -324,7 +324,8 @@ class OverLoCK(BaseModule):
         super().init_weights()
         self.init_cfg = init_cfg
         for cfg in pretrained:
-            load_pretrained(self, **{k: v for k, v in cfg.items() if k != 'type'})
+            options = {k: v for k, v in cfg.items() if k not in ('type', 'checkpoint')}
+            load_checkpoint(self, cfg['checkpoint'], **options)
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, f'Pretrained: load from {cfg["checkpoint"]}')
 
