@@ -38,6 +38,16 @@ def plain_errors() -> Iterator[None]:
         sys.exit(130)  # the status of an interrupted command; where it was says nothing
 
 
+def build_model(cfg):
+    """The detector or segmentor of a config."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    toolbox = importlib.import_module(f'{cfg.default_scope}.utils')
+    toolbox.register_all_modules(init_default_scope=False)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
 def load_strictly(runner, cfg, before: str) -> None:
     """Have ``cfg.load_from`` loaded by ``load_checkpoint``, where the backbone is ours.
 

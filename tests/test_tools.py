@@ -178,6 +178,21 @@ def test_a_checkpoint_that_does_not_fit(segmentor, configs, demo_data):
     )
 
 
+def test_deploy_checkpoint(segmentor, configs, demo_data):
+    command = [*tool('deploy_checkpoint.py'), configs / 'segmentor.py']
+    command += [segmentor / 'iter_6.pth', 'merged.pth']
+    assert 'agree to' in run(command, demo_data).stdout
+    merged, trained = weights(demo_data / 'merged.pth'), weights(segmentor / 'iter_6.pth')
+    assert not any('origin_bn' in k for k in merged) and len(merged) < len(trained)
+    fails(command, demo_data, 'merged.pth exists', '--force')
+    test = [*tool('test.py'), 'merged.py', 'merged.pth', '--work-dir', 'merged']
+    run(test, demo_data)
+    plain = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
+    run([*plain, '--work-dir', 'unmerged'], demo_data)
+    results = [metrics_in(demo_data / d)['mIoU'] for d in ('merged', 'unmerged')]
+    assert results[0] == pytest.approx(results[1], abs=0.5)
+
+
 def test_detector_pictures_and_predictions(detector, configs, demo_data):
     run(
         [
