@@ -314,7 +314,7 @@ def test_models_that_take_no_checkpoint(tmp_path):
         load_checkpoint(nn.Conv2d(1, 1, 1), path)
 
 
-def test_what_checkpoints_hold_beside_weights(tmp_path):
+def test_what_checkpoints_hold_beside_weights(tmp_path, monkeypatch):
     """Read without trust, and whole."""
     history = HistoryBuffer([1.0, 2.0], [1, 1])
     content = dict(
@@ -324,6 +324,8 @@ def test_what_checkpoints_hold_beside_weights(tmp_path):
         message_hub=dict(log_scalars=dict(loss=history), array=np.arange(3)),
     )
     torch.save(content, tmp_path / 'w.pth')
+    # as in a process that has made no buffer yet
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', {})
     read = read_weights(tmp_path / 'w.pth')
     assert read['args'] == content['args'] and read['best'] == 0.5
     buffer = read['message_hub']['log_scalars']['loss']
