@@ -41,14 +41,12 @@ def load_pretrained(
         raise RuntimeError(
             f'{checkpoint} holds a {type(state_dict).__name__}, no state dict'
         )
-    for key in _WRAPPERS:
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-            break
+    state_dict = unwrap(state_dict)
     prefix = f'{prefix.rstrip(".")}.' if prefix else ''
     passed_over = _CLASSIFIER + backbone.absent_parts()
-    named = ((k.removeprefix('module.'), v) for k, v in state_dict.items())
-    state_dict = {k.removeprefix(prefix): v for k, v in named if k.startswith(prefix)}
+    state_dict = {
+        k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)
+    }
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(passed_over)}
 
     own = backbone.state_dict()
@@ -65,17 +63,30 @@ def load_pretrained(
         ],
     }
     if any(problems.values()):
-        lines = [
-            f'{len(v)} entries are {what}: {", ".join(v[:_SHOWN])}'
-            f'{", ..." if len(v) > _SHOWN else ""}'
-            for what, v in problems.items()
-            if v
-        ]
         raise RuntimeError(
             f'{checkpoint} does not hold the weights of this backbone, nothing was '
-            'loaded. ' + '; '.join(lines) + '. Check arch, deploy and context_skip of the '
+            f'loaded. {listed(problems)}. Check arch, deploy and context_skip of the '
             'backbone and the prefix in the file.'
         )
     backbone.load_state_dict(state_dict, strict=not fresh)
     news = f'; the {len(fresh)} of the output norms start fresh' if fresh else ''
     print_log(f'Loaded {len(state_dict)} entries from {checkpoint}{news}', logger='current')
+
+
+def unwrap(checkpoint: dict) -> dict:
+    """The state dict in a checkpoint, bare or under a usual key, as of a bare model."""
+    for key in _WRAPPERS:
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    return {k.removeprefix('module.'): v for k, v in checkpoint.items()}
+
+
+def listed(problems: dict[str, list[str]]) -> str:
+    """One line that says which entries have which problem."""
+    return '; '.join(
+        f'{len(v)} entries are {what}: {", ".join(v[:_SHOWN])}'
+        f'{", ..." if len(v) > _SHOWN else ""}'
+        for what, v in problems.items()
+        if v
+    )
