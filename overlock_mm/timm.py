@@ -13,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .checkpoint import listed, unwrap
-from .models.overlock import _PARTS_FROM, OverLoCK, init_weights
+from .models.overlock import PARTS_FROM, OverLoCK, init_weights
 
 __all__ = ['OverLoCKClassifier']
 
@@ -167,7 +167,7 @@ class OverLoCKClassifier(OverLoCK):
             The indices, counted from the first map.
         """
         taken, last = feature_take_indices(self.out_indices[-1] + 1, indices)
-        for depth, parts in _PARTS_FROM.items():
+        for depth, parts in PARTS_FROM.items():
             for part in parts if depth > last else ():
                 if hasattr(self, part):
                     delattr(self, part)

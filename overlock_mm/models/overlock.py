@@ -20,7 +20,7 @@ from .layers import DilatedReparamBlock, LayerScale, resize
 _ARCH_FIELDS = dict(depths=4, focus_depths=2, embed_dims=4, kernel_sizes=4, focus_heads=2)
 _MIN_SIDE = 32
 # The parts that only the map of this index and later ones need.
-_PARTS_FROM = {
+PARTS_FROM = {
     1: ('patch_embed2', 'blocks2'),
     2: (
         'patch_embed3',
@@ -367,10 +367,7 @@ class OverLoCK(BaseModule):
         """Prefixes of the state-dict entries that ``out_indices`` leaves out."""
         deepest = self.out_indices[-1]
         parts = [
-            part
-            for depth, names in _PARTS_FROM.items()
-            if depth > deepest
-            for part in names
+            part for depth, names in PARTS_FROM.items() if depth > deepest for part in names
         ]
         parts += [
             f'extra_norm.{i}'
