@@ -64,11 +64,10 @@ def test_forward_backward(name):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_feature_info(name):
-    model = timm.create_model(name, features_only=True)
-    assert model.feature_info.channels() == CHANNELS[name]
-    assert model.feature_info.reduction() == [4, 8, 16, 32]
     with torch.device('meta'):
         model = timm.create_model(name, features_only=True).eval()
+        assert model.feature_info.channels() == CHANNELS[name]
+        assert model.feature_info.reduction() == [4, 8, 16, 32]
         maps = model(torch.empty(1, 3, 64, 96))
     for m, channels, stride in zip(maps, CHANNELS[name], (4, 8, 16, 32), strict=True):
         assert m.shape == (1, channels, 64 // stride, 96 // stride)
@@ -494,7 +493,7 @@ def test_fold_a_real_model(kwargs):
 
 
 @pytest.mark.parametrize('folded', [False, True])
-def test_exports_and_compiles(folded):
+def test_exports(folded):
     model, x = tiny().eval(), image(1, 3, 64, 96)
     with torch.no_grad():
         expected = model(x)
@@ -502,5 +501,3 @@ def test_exports_and_compiles(folded):
             fold(model)
         program = torch.export.export(model, (x,))
         assert relative_error(program.module()(x), expected) < 1e-4
-        compiled = torch.compile(model, fullgraph=True, backend='eager')
-        assert relative_error(compiled(x), expected) < 1e-4
