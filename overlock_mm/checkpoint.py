@@ -121,7 +121,7 @@ def load_checkpoint(
         )
     if backbone.folded:
         raise ValueError('a folded OverLoCK takes no checkpoint: load first, then fold')
-    state = _state_dict(read_weights(source, map_location, trust), source)
+    state = unwrap(read_weights(source, map_location, trust), source)
     own = {k: v for k, v in model.state_dict().items()}
     at = '' if model is backbone else 'backbone.'
     state, others = _select(state, prefix, at)
@@ -133,7 +133,9 @@ def load_checkpoint(
 
     passed_over = {
         'classifier heads': [
-            k for k in state if k.startswith(tuple(at + p for p in _CLASSIFIER))
+            k
+            for k in state
+            if k not in own and k.startswith(tuple(at + p for p in _CLASSIFIER))
         ],
         'what out_indices leaves out': [
             k for k in state if k.startswith(tuple(at + p for p in backbone.absent_parts()))
@@ -167,17 +169,20 @@ def load_checkpoint(
     return report
 
 
-def _state_dict(content, source) -> dict[str, Tensor]:
+def unwrap(content, source: str = 'the checkpoint') -> dict[str, Tensor]:
+    """The tensors of a checkpoint, bare or under a usual key, by their names in a model.
+
+    Raises:
+        CheckpointError: if there is no state dict in it.
+    """
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
-        held = (
-            f'a dict with {_first(list(content))}'
-            if isinstance(content, dict)
-            else (f'a {type(content).__name__}')
-        )
+        held = f'a {type(content).__name__}'
+        if isinstance(content, dict):
+            held = f'a dict with {_first(list(map(str, content)))}'
         raise CheckpointError(
             f'{source} holds {held}, no state dict; weights are looked for at the top and '
             f'under {", ".join(_WRAPPERS)}'
@@ -255,11 +260,18 @@ def _complaint(report, at) -> str:
         'not in the model': report.unexpected,
         'of another shape': report.mismatched,
     }
-    text = f'{report.source} does not fit this model, nothing was loaded. ' + '; '.join(
+    return (
+        f'{report.source} does not fit this model, nothing was loaded. {listed(problems)}. '
+        f'The file is {report.file_form}; the model is {report.model_form}. '
+        f'{_advice(report, at)}'
+    )
+
+
+def listed(problems: dict[str, list[str]]) -> str:
+    """One line that says which entries have which problem."""
+    return '; '.join(
         f'{len(v)} entries are {what}: {_first(v)}' for what, v in problems.items() if v
     )
-    text += f'. The file is {report.file_form}; the model is {report.model_form}. '
-    return text + _advice(report, at)
 
 
 def _advice(report, at) -> str:
