@@ -84,6 +84,7 @@ def load_checkpoint(
     prefix: str | None = None,
     strict: bool = True,
     ignore_mismatched: Sequence[str] = (),
+    ignore_unexpected: Sequence[str] = (),
     trust: bool = False,
     map_location: str = 'cpu',
 ) -> LoadReport:
@@ -105,6 +106,7 @@ def load_checkpoint(
             another shape. Otherwise what fits is loaded.
         ignore_mismatched: begins of names, for instance ``'decode_head.conv_seg'``, of
             entries to leave as they are where their shapes differ.
+        ignore_unexpected: begins of names of entries of the file to pass over.
         trust: read files that hold more than weights and plain data.
         map_location: where the tensors of the file go first.
 
@@ -136,6 +138,9 @@ def load_checkpoint(
             k
             for k in state
             if k not in own and k.startswith(tuple(at + p for p in _CLASSIFIER))
+        ],
+        'as ignore_unexpected says': [
+            k for k in state if k not in own and k.startswith(tuple(ignore_unexpected))
         ],
         'what out_indices leaves out': [
             k for k in state if k.startswith(tuple(at + p for p in backbone.absent_parts()))

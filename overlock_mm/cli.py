@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def build_model(cfg):
     return MODELS.build(cfg.model)
 
 
-def load_strictly(runner, cfg, before: str) -> None:
+def load_strictly(runner, cfg, before: str, **options) -> None:
     """Have ``cfg.load_from`` loaded by ``load_checkpoint``, where the backbone is ours.
 
     mmengine would load what fits and only log the rest.
@@ -57,6 +58,7 @@ def load_strictly(runner, cfg, before: str) -> None:
         runner: an mmengine Runner, built from ``cfg``.
         cfg: its config.
         before: point of the run, after the weights are initialised: 'train' or 'test'.
+        **options: of ``load_checkpoint``.
     """
     from mmengine.hooks import Hook
 
@@ -67,7 +69,8 @@ def load_strictly(runner, cfg, before: str) -> None:
         return
     runner._load_from = None
     hook = Hook()
-    setattr(hook, f'before_{before}', lambda _: load_checkpoint(model, cfg.load_from))
+    load = partial(load_checkpoint, model, cfg.load_from, **options)
+    setattr(hook, f'before_{before}', lambda _: load())
     runner.register_hook(hook, priority='VERY_HIGH')
 
 

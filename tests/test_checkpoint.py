@@ -281,6 +281,15 @@ def test_a_training_file_is_merged_for_a_deploy_model(tmp_path, whole):
     torch.testing.assert_close(model.state_dict(), source.state_dict())
 
 
+def test_unexpected_entries_to_ignore(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save({**tiny().state_dict(), 'neck.weight': torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match='not in the model: neck.weight'):
+        load_checkpoint(tiny(), path)
+    report = load_checkpoint(tiny(), path, ignore_unexpected=['neck.'])
+    assert report.complete and ['neck.weight'] in report.absent.values()
+
+
 def test_not_strict_must_be_asked_for(tmp_path, capfd):
     path = tmp_path / 'w.pth'
     torch.save(without(changed(tiny()).state_dict(), 'blocks3.0.dwconv.bias'), path)
