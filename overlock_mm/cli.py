@@ -7,8 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
+
+from .checkpoint import load_checkpoint
+from .weights_file import CheckpointError
 
 # name, and its packages in the two families that own the same import names
 _TOOLBOXES = {
@@ -24,15 +28,50 @@ class UserError(Exception):
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn a :class:`UserError` into one line on stderr and exit status 2."""
+    """Turn errors that the caller can mend into one line on stderr and exit status 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         if is_main_process():
             sys.stderr.write(f'error: {error}\n')
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # the status of an interrupted command; where it was says nothing
+
+
+def build_model(cfg):
+    """The detector or segmentor of a config."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    toolbox = importlib.import_module(f'{cfg.default_scope}.utils')
+    toolbox.register_all_modules(init_default_scope=False)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model)
+
+
+def load_strictly(runner, cfg, before: str, **options) -> None:
+    """Have ``cfg.load_from`` loaded by ``load_checkpoint``, where the backbone is ours.
+
+    mmengine would load what fits and only log the rest.
+
+    Args:
+        runner: an mmengine Runner, built from ``cfg``.
+        cfg: its config.
+        before: point of the run, after the weights are initialised: 'train' or 'test'.
+        **options: of ``load_checkpoint``.
+    """
+    from mmengine.hooks import Hook
+
+    model = runner.model
+    while hasattr(model, 'module'):  # of distributed training, of augmented testing
+        model = model.module
+    if not hasattr(getattr(model, 'backbone', None), 'absent_parts'):
+        return
+    runner._load_from = None
+    hook = Hook()
+    load = partial(load_checkpoint, model, cfg.load_from, **options)
+    setattr(hook, f'before_{before}', lambda _: load())
+    runner.register_hook(hook, priority='VERY_HIGH')
 
 
 def is_main_process() -> bool:

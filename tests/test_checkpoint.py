@@ -1,11 +1,21 @@
 """Pretrained weights load whole, or nothing loads and the message says what differs."""
 
+import argparse
+import hashlib
+import http.server
+import threading
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from test_overlock import TINY, tiny
+from torch import nn
 
-from overlock_mm import OverLoCK
+from overlock_mm import OverLoCK, checkpoint, fold, load_checkpoint, weights_file
+from overlock_mm.weights_file import CheckpointError, download, read_weights
 
 
 def classifier_state(model):
@@ -152,21 +162,24 @@ def without(state, name):
         ),
         (
             lambda: (tiny().state_dict(), dict(context_skip=True)),
-            'missing from the file: .*h_proj',
+            'missing from the file: .*h_proj.* The file is .*segmentation form.*; '
+            'the model is .*detection form.*reconciles them: context_skip=False',
         ),
-        (lambda: (tiny(context_skip=True).state_dict(), {}), 'not in the model: .*h_proj'),
+        (
+            lambda: (tiny(context_skip=True).state_dict(), {}),
+            'not in the model: .*h_proj.*context_skip=True, for a detection file',
+        ),
         (
             lambda: (tiny(deploy=True).state_dict(), {}),
-            'missing from the file: .*origin_bn',
+            'missing from the file: .*origin_bn.*deploy=True, for merged branches cannot',
         ),
-        (lambda: (tiny().state_dict(), dict(deploy=True)), 'not in the model: .*origin_bn'),
         (
             lambda: (without(tiny().state_dict(), 'extra_norm.2.weight'), {}),
             'missing from the file: extra_norm.2.weight',
         ),
         (
             lambda: (classifier_state(tiny()), dict(prefix='backbone.')),
-            'missing from the file',
+            'The file is no OverLoCK; .* or prefix= if',
         ),
     ],
 )
@@ -197,3 +210,278 @@ def test_other_initialisers_still_work():
     model = OverLoCK(TINY, init_cfg=[dict(type='Constant', layer='Conv2d', val=0.5)])
     model.init_weights()
     assert (model.blocks1[0].proj[4].weight == 0.5).all()
+
+
+class Segmentor(nn.Module):
+    def __init__(self, classes=3, **kwargs):
+        super().__init__()
+        self.backbone = tiny(**kwargs)
+        self.decode_head = nn.Conv2d(40, classes, 1)
+
+
+def changed(model):
+    """The same model with other values."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.add_(1)
+    return model
+
+
+def test_a_whole_model(tmp_path):
+    source, path = changed(Segmentor()), tmp_path / 'w.pth'
+    torch.save(dict(meta=dict(epoch=1), state_dict=source.state_dict()), path)
+    model = Segmentor()
+    report = load_checkpoint(model, path)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    assert report.complete and len(report.loaded) == len(source.state_dict())
+    assert not report.absent and f'{len(report.loaded)} loaded' in str(report)
+
+
+def test_a_bare_backbone_finds_itself_in_a_whole_model(tmp_path):
+    source, path = changed(Segmentor()), tmp_path / 'w.pth'
+    torch.save(source.state_dict(), path)
+    model = tiny()
+    report = load_checkpoint(model, path)
+    assert torch.equal(model.patch_embed1[0].weight, source.backbone.patch_embed1[0].weight)
+    (others,) = report.absent.values()
+    assert others == ['decode_head.weight', 'decode_head.bias']
+    assert 'parts of another model' in str(report) and 'decode_head.weight' in str(report)
+
+
+def test_an_imagenet_file_is_no_whole_model(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save(classifier_state(tiny()), path)
+    with pytest.raises(RuntimeError, match='missing from the file: decode_head.weight'):
+        load_checkpoint(Segmentor(), path)
+
+
+def test_another_number_of_classes(tmp_path):
+    source, path = changed(Segmentor(classes=5)), tmp_path / 'w.pth'
+    torch.save(source.state_dict(), path)
+    model = Segmentor()
+    before = model.decode_head.weight.clone()
+    with pytest.raises(RuntimeError, match=r"ignore_mismatched=\['decode_head'\]"):
+        load_checkpoint(model, path)
+    report = load_checkpoint(model, path, ignore_mismatched=['decode_head'])
+    assert report.ignored == ['decode_head.weight', 'decode_head.bias'] and report.complete
+    assert torch.equal(model.decode_head.weight, before)
+    assert torch.equal(
+        model.backbone.patch_embed1[0].weight, source.backbone.patch_embed1[0].weight
+    )
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_a_training_file_is_merged_for_a_deploy_model(tmp_path, whole):
+    make = Segmentor if whole else tiny
+    source, path = make(), tmp_path / 'w.pth'
+    torch.save(source.state_dict(), path)
+    model = changed(make(deploy=True))
+    assert load_checkpoint(model, path).complete
+    getattr(source, 'backbone', source).switch_to_deploy()
+    torch.testing.assert_close(model.state_dict(), source.state_dict())
+
+
+def test_unexpected_entries_to_ignore(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save({**tiny().state_dict(), 'neck.weight': torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match='not in the model: neck.weight'):
+        load_checkpoint(tiny(), path)
+    report = load_checkpoint(tiny(), path, ignore_unexpected=['neck.'])
+    assert report.complete and ['neck.weight'] in report.absent.values()
+
+
+def test_not_strict_must_be_asked_for(tmp_path, capfd):
+    path = tmp_path / 'w.pth'
+    torch.save(without(changed(tiny()).state_dict(), 'blocks3.0.dwconv.bias'), path)
+    model = tiny()
+    with pytest.raises(RuntimeError, match='nothing was loaded'):
+        load_checkpoint(model, path)
+    assert torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
+    report = load_checkpoint(model, path, strict=False)
+    assert report.missing == ['blocks3.0.dwconv.bias'] and not report.complete
+    assert not torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
+
+
+@pytest.mark.parametrize('arch', ['xt', 't', 's', 'b'])
+def test_the_arch_is_recognised(tmp_path, arch):
+    path = tmp_path / 'w.pth'
+    with torch.device('meta'):
+        state = OverLoCK(arch, out_indices=(0,)).state_dict()
+        full = OverLoCK(arch).state_dict()
+    torch.save({k: torch.zeros(v.shape) for k, v in state.items()}, path)
+    with pytest.raises(RuntimeError, match="The file is OverLoCK .*arch='(xt|t|s|b)'"):
+        load_checkpoint(tiny(), path)
+    assert checkpoint._form(full, '').arch == arch
+
+
+def test_models_that_take_no_checkpoint(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save(tiny().state_dict(), path)
+    with pytest.raises(ValueError, match='load first, then fold'):
+        load_checkpoint(fold(tiny()), path)
+    with pytest.raises(ValueError, match='Conv2d is no OverLoCK'):
+        load_checkpoint(nn.Conv2d(1, 1, 1), path)
+
+
+def test_what_checkpoints_hold_beside_weights(tmp_path, monkeypatch):
+    """Read without trust, and whole."""
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    content = dict(
+        state_dict=tiny().state_dict(),
+        args=argparse.Namespace(lr=1e-3, path='somewhere'),
+        best=np.float64(0.5),
+        message_hub=dict(log_scalars=dict(loss=history), array=np.arange(3)),
+    )
+    torch.save(content, tmp_path / 'w.pth')
+    # as in a process that has made no buffer yet
+    monkeypatch.setattr(HistoryBuffer, '_statistics_methods', {})
+    read = read_weights(tmp_path / 'w.pth')
+    assert read['args'] == content['args'] and read['best'] == 0.5
+    buffer = read['message_hub']['log_scalars']['loss']
+    assert buffer.mean() == history.mean() and buffer.statistics('mean') == 1.5
+    assert (read['message_hub']['array'] == np.arange(3)).all()
+    assert load_checkpoint(tiny(), tmp_path / 'w.pth').complete
+
+
+class Writes:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class Digs:
+    """Goes for the globals of a method by the getattr that history buffers need."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, '__init__')
+
+
+@pytest.mark.parametrize('protocol', ['zip', 'legacy'])
+def test_code_in_a_file_does_not_run(tmp_path, protocol):
+    path, mark = tmp_path / 'w.pth', tmp_path / 'written'
+    state = dict(state_dict=tiny().state_dict(), extra=Writes(mark))
+    torch.save(state, path, _use_new_zipfile_serialization=protocol == 'zip')
+    with pytest.raises(CheckpointError, match=r'holds pathlib\S*, .* trust=True'):
+        load_checkpoint(tiny(), path)
+    assert not mark.exists()
+    load_checkpoint(tiny(), path, trust=True)
+    assert mark.exists()
+    torch.save(dict(extra=Digs()), path)
+    with pytest.raises(CheckpointError, match='holds builtins.getattr'):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (b'', 'is empty'),
+        (b'\n<!DOCTYPE html><html>Not Found</html>', 'is a web page'),
+        (b'PK\x03\x04 truncated', 'no checkpoint, or a truncated one'),
+        (b'\x89PNG something else entirely', 'no checkpoint, or a truncated one'),
+    ],
+)
+def test_files_of_something_else(tmp_path, content, message):
+    (tmp_path / 'w.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_weights(tmp_path / 'w.pth')
+    assert '\n' not in str(error.value)
+
+
+def test_a_truncated_checkpoint(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save(tiny().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match='truncated'):
+        read_weights(path)
+    with pytest.raises(CheckpointError, match='is a folder'):
+        read_weights(tmp_path)
+
+
+def test_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
+    source, path = changed(tiny()), tmp_path / 'w.safetensors'
+    save_file({k: v.contiguous() for k, v in source.state_dict().items()}, path)
+    model = tiny()
+    assert load_checkpoint(model, path).complete
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    path.write_bytes(b'damaged')
+    with pytest.raises(CheckpointError, match='is damaged'):
+        load_checkpoint(model, path)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    content = b''
+
+    def do_GET(self):
+        if self.path == '/moved.pth':
+            self.send_response(302)
+            self.send_header('Location', '/weights.pth')
+            self.end_headers()
+            return
+        if self.path == '/none.pth':
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(self.content)))
+        self.end_headers()
+        half = len(self.content) // 2
+        self.wfile.write(self.content[:half])
+        if self.path == '/stalls.pth':
+            self.server.stop.wait(10)
+        elif self.path != '/truncated.pth':
+            self.wfile.write(self.content[half:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    torch.save(classifier_state(tiny()), tmp_path / 'source.pth')
+    monkeypatch.setattr(Server, 'content', (tmp_path / 'source.pth').read_bytes())
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    monkeypatch.setattr(weights_file, '_TIMEOUT', 0.5)
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server) as running:
+        running.stop = threading.Event()
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{running.server_port}'
+        running.stop.set()
+        running.shutdown()
+
+
+@pytest.mark.parametrize('name', ['weights.pth', 'moved.pth'])
+def test_download(tmp_path, server, name, monkeypatch):
+    model = OverLoCK(TINY, init_cfg=dict(type='Pretrained', checkpoint=f'{server}/{name}'))
+    model.init_weights()
+    assert torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
+    cached = tmp_path / 'hub/checkpoints' / name
+    assert cached.read_bytes() == Server.content and len(list(cached.parent.iterdir())) == 1
+    monkeypatch.setattr(Server, 'content', b'changed')
+    assert download(f'{server}/{name}').read_bytes() != b'changed'  # from the cache
+
+
+@pytest.mark.parametrize(
+    'name, reason',
+    [
+        ('truncated.pth', 'it ended after .* bytes|incomplete|IncompleteRead'),
+        ('stalls.pth', 'timed out'),
+        ('none.pth', 'Not Found'),
+    ],
+)
+def test_a_download_that_fails_leaves_nothing(tmp_path, server, name, reason):
+    with pytest.raises(CheckpointError, match=reason) as error:
+        load_checkpoint(tiny(), f'{server}/{name}')
+    folder = tmp_path / 'hub/checkpoints'
+    assert f'place it at {folder / name}' in str(error.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_checksum(tmp_path, server):
+    right = hashlib.sha256(Server.content).hexdigest()
+    with pytest.raises(CheckpointError, match=f'SHA-256 is {right[:16]}.* not 00ff'):
+        download(f'{server}/weights.pth', sha256='00ff')
+    assert download(f'{server}/weights.pth', sha256=right[:8]).exists()

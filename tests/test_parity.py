@@ -1,4 +1,4 @@
-"""The backbone reproduces what the released code computes (see parity/README.md)."""
+"""Backbone and classifier reproduce what the released code computes (parity/README.md)."""
 
 import hashlib
 import json
@@ -10,12 +10,15 @@ import torch
 from parity.fill import parity_image, parity_probe, parity_value
 
 from overlock_mm import OverLoCK
+from overlock_mm.timm import OverLoCKClassifier
 
 CASES = Path(__file__).parent / 'parity'
 MANIFEST = json.loads((CASES / 'manifest.json').read_text())
 
 
 def build(task, arch, deploy=False, **kwargs):
+    if task == 'cls':
+        return OverLoCKClassifier(arch, deploy=deploy, **kwargs)
     return OverLoCK(arch, context_skip=task == 'det', deploy=deploy, **kwargs)
 
 
@@ -41,20 +44,26 @@ def probed(tensor, count=4096):
 
 def run_case(path, dtype):
     task, arch, size, mode = path.stem.split('_')
-    model = filled(build(task, arch), dtype).train(mode == 'train')
+    model = build(task, arch, deploy=mode == 'deploy')
+    model = filled(model, dtype).train(mode == 'train')
     image = torch.from_numpy(
         parity_image((int(size.split('x')[0]), 3, *map(int, size.split('x')[1:])))
     ).to(dtype)
     return model, image, np.load(path)
 
 
-def check_outputs(outputs, case, tolerance):
-    assert len(outputs) == 4
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check_outputs(outputs, case, tolerance, name='out'):
+    outputs = as_tuple(outputs)
+    assert len(outputs) == sum(k.endswith('.shape') and k.startswith(name) for k in case)
     for i, out in enumerate(outputs):
-        assert out.shape == tuple(case[f'out{i}.shape'])
-        assert relative_error(probed(out), case[f'out{i}.values']) < tolerance
+        assert out.shape == tuple(case[f'{name}{i}.shape'])
+        assert relative_error(probed(out), case[f'{name}{i}.values']) < tolerance
         assert out.abs().mean().item() == pytest.approx(
-            case[f'out{i}.absmean'].item(), rel=tolerance
+            case[f'{name}{i}.absmean'].item(), rel=tolerance
         )
 
 
@@ -62,7 +71,11 @@ def case_id(path):
     return path.stem
 
 
-@pytest.mark.parametrize('path', sorted(CASES.glob('*_eval.npz')), ids=case_id)
+@pytest.mark.parametrize(
+    'path',
+    sorted(p for p in CASES.glob('*.npz') if not p.stem.endswith('_train')),
+    ids=case_id,
+)
 @pytest.mark.parametrize(
     'dtype, tolerance',
     [(torch.float64, 1e-5), (torch.float32, 1e-3)],
@@ -72,6 +85,9 @@ def test_eval_outputs(path, dtype, tolerance):
     model, image, case = run_case(path, dtype)
     with torch.no_grad():
         check_outputs(model(image), case, tolerance)
+        if 'reparam0.shape' in case:
+            model.switch_to_deploy()
+            check_outputs(model(image), case, tolerance, name='reparam')
 
 
 @pytest.mark.parametrize('path', sorted(CASES.glob('*_train.npz')), ids=case_id)
@@ -132,28 +148,5 @@ def test_state_dict_names_and_shapes(key):
         model = build(task, arch, deploy=form == 'deploy')
     entries = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     params = sum(p.numel() for p in model.parameters())
-    if task == 'cls':  # the backbone, without the dense norms, with the two heads
-        params -= sum(p.numel() for p in model.extra_norm.parameters())
-        entries = {k: v for k, v in entries.items() if not k.startswith('extra_norm.')}
-        dims = OverLoCK.arch_settings[arch]['embed_dims'][3]
-        joint = OverLoCK.channels_of(arch)[3]
-        heads = {
-            'head.0.weight': (1024, joint, 1, 1),
-            'head.4.weight': (1000, 1024, 1, 1),
-            'head.4.bias': (1000,),
-            'aux_head.2.weight': (1000, dims, 1, 1),
-            'aux_head.2.bias': (1000,),
-        }
-        for norm, width in (('head.1', 1024), ('aux_head.0', dims)):
-            heads.update({f'{norm}.weight': (width,), f'{norm}.bias': (width,)})
-            entries.update(
-                {
-                    f'{norm}.running_mean': (width,),
-                    f'{norm}.running_var': (width,),
-                    f'{norm}.num_batches_tracked': (),
-                }
-            )
-        params += sum(int(np.prod(v)) for v in heads.values())
-        entries.update(heads)
     assert listing(entries) == (MANIFEST[key]['entries'], MANIFEST[key]['sha256'])
     assert params == MANIFEST[key]['parameters']

@@ -159,6 +159,34 @@ def test_folded_backbone(segmentor, configs, demo_data):
     assert metrics[1]['mIoU'] == pytest.approx(metrics[0]['mIoU'], abs=0.5)
 
 
+def test_a_checkpoint_that_does_not_fit(segmentor, configs, demo_data):
+    """Neither testing nor training goes on with half of the weights."""
+    checkpoint = segmentor / 'iter_6.pth'
+    change = ['--cfg-options', 'model.backbone.context_skip=True']
+    test = [*tool('test.py'), configs / 'segmentor.py', checkpoint, *change]
+    train = [*tool('train.py'), configs / 'segmentor.py', '--no-pretrained', *change]
+    for command in (test, [*train, f'load_from={checkpoint}']):
+        result = run([*command, '--work-dir', 'unfit'], demo_data, status=2)
+        line = result.stderr.splitlines()[-1]
+        assert line.startswith('error: ') and 'missing from the file: backbone.' in line
+        assert 'context_skip=False, for a segmentation file' in line
+
+
+def test_deploy_checkpoint(segmentor, configs, demo_data):
+    command = [*tool('deploy_checkpoint.py'), configs / 'segmentor.py']
+    command += [segmentor / 'iter_6.pth', 'merged.pth']
+    assert 'agree to' in run(command, demo_data).stdout
+    merged, trained = weights(demo_data / 'merged.pth'), weights(segmentor / 'iter_6.pth')
+    assert not any('origin_bn' in k for k in merged) and len(merged) < len(trained)
+    fails(command, demo_data, 'merged.pth exists', '--force')
+    test = [*tool('test.py'), 'merged.py', 'merged.pth', '--work-dir', 'merged']
+    run(test, demo_data)
+    plain = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
+    run([*plain, '--work-dir', 'unmerged'], demo_data)
+    results = [metrics_in(demo_data / d)['mIoU'] for d in ('merged', 'unmerged')]
+    assert results[0] == pytest.approx(results[1], abs=0.5)
+
+
 def test_detector_pictures_and_predictions(detector, configs, demo_data):
     run(
         [

@@ -76,6 +76,8 @@ def main():
     if args.tta:
         use_test_time_augmentation(cfg, evaluator)
     runner = Runner.from_cfg(cfg)
+    left_out = ['roi_head.mask_head.'] if args.tta else []
+    cli.load_strictly(runner, cfg, before='test', ignore_unexpected=left_out)
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
 

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from urllib.error import URLError
 
 try:
     from overlock_mm import cli
+    from overlock_mm.weights_file import CheckpointError
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
@@ -71,14 +71,12 @@ def main():
     cli.check_dataset(cfg, 'train_dataloader', 'val_dataloader')
 
     runner = Runner.from_cfg(cfg)
+    if cfg.get('load_from') and not cfg.get('resume'):
+        cli.load_strictly(runner, cfg, before='train')
     try:
         runner.train()
-    except URLError as error:
-        raise cli.UserError(
-            f'the pretrained weights cannot be downloaded ({error.reason}); use '
-            '--no-pretrained, or fetch the file elsewhere and give --cfg-options '
-            'model.backbone.init_cfg.checkpoint=PATH'
-        ) from error
+    except CheckpointError as error:
+        raise cli.UserError(f'{error}; or start without: --no-pretrained') from error
 
 
 if __name__ == '__main__':

@@ -40,6 +40,8 @@ def fold(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for backbone in backbones:
             if not backbone.folded:
+                for name in backbone.training_only:
+                    setattr(backbone, name, None)
                 _fold_children(backbone)
                 backbone.folded = True
                 backbone.requires_grad_(False)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import load_pretrained
+from ..checkpoint import load_checkpoint
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import DilatedReparamBlock, LayerScale, resize
 
 _ARCH_FIELDS = dict(depths=4, focus_depths=2, embed_dims=4, kernel_sizes=4, focus_heads=2)
 _MIN_SIDE = 32
 # The parts that only the map of this index and later ones need.
-_PARTS_FROM = {
+PARTS_FROM = {
     1: ('patch_embed2', 'blocks2'),
     2: (
         'patch_embed3',
@@ -106,6 +106,8 @@ class OverLoCK(BaseModule):
     }
     # fmt: on
     strides = (4, 8, 16, 32)
+    # Children that only training uses; fold() drops them.
+    training_only: tuple[str, ...] = ()
 
     @classmethod
     def channels_of(cls, arch: str | dict) -> tuple[int, int, int, int]:
@@ -225,7 +227,7 @@ class OverLoCK(BaseModule):
                 nn.Conv2d(dims[3], channels[3], 1), LayerScale(channels[3], 1e-5)
             )
 
-        self.apply(_init_weights)
+        self.apply(init_weights)
         self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -243,14 +245,18 @@ class OverLoCK(BaseModule):
             ValueError: if ``x`` has another number of dimensions or channels, or
                 is too small.
         """
+        maps, _ = self._encode(x, self.out_indices[-1])
+        return tuple(maps[i] for i in self.out_indices)
+
+    def _encode(self, x: Tensor, deepest: int) -> tuple[dict[int, Tensor], Tensor | None]:
+        """All maps up to index ``deepest``, and the Overview-Net's map if it ran."""
         if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < _MIN_SIDE:
             raise ValueError(
                 f'OverLoCK takes images (N, {self.in_channels}, H, W) with H and W at '
                 f'least {_MIN_SIDE}, got {tuple(x.shape)}; resize or pad the images, or '
                 'set in_channels'
             )
-        deepest, maps = self.out_indices[-1], {}
-
+        maps, overview = {}, None
         x = self._base_stage(0, self.patch_embed1(x))
         maps[0] = self.extra_norm[0](x)
         if deepest >= 1:
@@ -271,7 +277,7 @@ class OverLoCK(BaseModule):
             maps[3] = self.extra_norm[3](x)
             if self.context_skip:
                 maps[3] = maps[3] + self.h_proj(self.extra_norm[4](overview))
-        return tuple(maps[i] for i in self.out_indices)
+        return maps, overview
 
     def _base_stage(self, stage: int, x: Tensor) -> Tensor:
         for block in getattr(self, f'blocks{stage + 1}'):
@@ -324,7 +330,8 @@ class OverLoCK(BaseModule):
         super().init_weights()
         self.init_cfg = init_cfg
         for cfg in pretrained:
-            load_pretrained(self, **{k: v for k, v in cfg.items() if k != 'type'})
+            options = {k: v for k, v in cfg.items() if k not in ('type', 'checkpoint')}
+            load_checkpoint(self, cfg['checkpoint'], **options)
             if hasattr(self, '_params_init_info'):
                 update_init_info(self, f'Pretrained: load from {cfg["checkpoint"]}')
 
@@ -361,10 +368,7 @@ class OverLoCK(BaseModule):
         """Prefixes of the state-dict entries that ``out_indices`` leaves out."""
         deepest = self.out_indices[-1]
         parts = [
-            part
-            for depth, names in _PARTS_FROM.items()
-            if depth > deepest
-            for part in names
+            part for depth, names in PARTS_FROM.items() if depth > deepest for part in names
         ]
         parts += [
             f'extra_norm.{i}'
@@ -435,7 +439,8 @@ def _downsample(in_dim: int, out_dim: int) -> nn.Sequential:
     )
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """Start a convolution from a truncated normal of std 0.02 and zero biases."""
     if isinstance(module, nn.Conv2d):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

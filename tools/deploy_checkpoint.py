@@ -1,0 +1,91 @@
+"""Merge the dilated branches of a trained model: a checkpoint in deploy form.
+
+Writes OUT and, beside it, a config that loads it. The weights of a folded model
+(`overlock_mm.fold`) need no file: fold the loaded model.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+try:
+    import torch
+
+    from overlock_mm import __version__, cli, load_checkpoint
+except ModuleNotFoundError as error:
+    sys.stderr.write(
+        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
+        "overlock_mm run: pip install -e '.[onedl]'\n"
+    )
+    sys.exit(2)
+
+# Relative difference of a map that rounding explains.
+_TOLERANCE = 1e-4
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of the trained model')
+    parser.add_argument('checkpoint', help='its checkpoint, in training form; file or URL')
+    parser.add_argument('out', metavar='OUT.pth', help='checkpoint to write')
+    parser.add_argument('--force', action='store_true', help='overwrite OUT and its config')
+    cli.add_shared_arguments(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = cli.load_config(args)
+    cli.check_file(args.checkpoint, 'checkpoint')
+    out = Path(args.out)
+    config = out.with_suffix('.py')
+    if out.suffix != '.pth' or not os.access(out.parent, os.W_OK):
+        raise cli.UserError(f'{out} must end in .pth and be in a folder that exists')
+    for path in (out, config):
+        if path.exists() and not args.force:
+            raise cli.UserError(f'{path} exists; give another name, or --force')
+    if cfg.model.backbone.get('type') != 'OverLoCK' or cfg.model.backbone.get('deploy'):
+        raise cli.UserError(
+            f'the backbone of {args.config} is no OverLoCK in training form; there is '
+            'nothing to merge'
+        )
+
+    cli.without_pretrained(cfg.model)
+    model = cli.build_model(cfg)
+    load_checkpoint(model, args.checkpoint)
+    backbone = model.backbone.eval()
+    images = torch.randn(1, backbone.in_channels, 224, 320)
+    before, size = outputs_and_size(backbone, images)
+    backbone.switch_to_deploy()
+    after, merged_size = outputs_and_size(backbone, images)
+    error = max(
+        ((b - a).norm() / a.norm()).item() for a, b in zip(before, after, strict=True)
+    )
+    if not error < _TOLERANCE:
+        raise cli.UserError(
+            f'the merged backbone differs by {error:.1e} of its output, which rounding '
+            'does not explain; nothing was written. Are the weights finite?'
+        )
+    cfg.model.backbone.deploy = True
+    cfg.load_from = str(out)
+    meta = dict(
+        overlock_mm=__version__, source=str(args.checkpoint), config=str(args.config)
+    )
+    torch.save(dict(meta=meta, state_dict=model.state_dict()), out)
+    cfg.dump(config)
+    print(
+        f'Merged: outputs on random input agree to {error:.1e}; the backbone has '
+        f'{merged_size / 1e6:.2f}M parameters, before {size / 1e6:.2f}M. '
+        f'Wrote {out} ({out.stat().st_size / 2**20:.1f} MiB) and {config}.'
+    )
+
+
+def outputs_and_size(backbone, images):
+    with torch.no_grad():
+        return backbone(images), sum(p.numel() for p in backbone.parameters())
+
+
+if __name__ == '__main__':
+    with cli.plain_errors():
+        main()
