@@ -17,6 +17,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from tqdm import tqdm
 
+_TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 # Seconds without a byte after which a download has stalled.
 _TIMEOUT = 30
 _UNTRUSTED = re.compile(r'(?:GLOBAL|global|class) (\S+?),? (?:was not|is not|whose)')
@@ -77,7 +78,9 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
         except SafetensorError as error:
             raise CheckpointError(f'{path} is damaged: {error}; get it again') from error
     try:
-        with nullcontext() if trust else torch.serialization.safe_globals(_allowed()):
+        # before torch 2.6 only tensors and plain containers can be read without trust
+        listed = not trust and _TORCH >= (2, 6)
+        with torch.serialization.safe_globals(_allowed()) if listed else nullcontext():
             return torch.load(path, map_location, weights_only=not trust)
     except (pickle.UnpicklingError, _Refused) as error:
         found = _UNTRUSTED.search(str(error))

@@ -318,7 +318,7 @@ class OverLoCK(BaseModule):
         """Initialise as ``init_cfg`` says; pretrained weights load or raise.
 
         Raises:
-            RuntimeError: if the checkpoint of ``init_cfg`` is not of this backbone.
+            CheckpointError: if the checkpoint of ``init_cfg`` is not of this backbone.
         """
         if self.is_init:  # as in mmengine: a second call changes nothing
             return
