@@ -1,5 +1,6 @@
 """Loading weights into a model, with a report of what fitted, or saying why not."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from .weights_file import CheckpointError, read_weights
 
-_WRAPPERS = ('state_dict', 'model', 'state_dict_ema', 'model_ema', 'ema')
+# Where a checkpoint has its weights; of averaged and last ones, the averaged ones.
+_WRAPPERS = ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'model')
+# Prefixes of names in distributed and in compiled models.
+_MODULE = re.compile(r'^(?:module\.|_orig_mod\.)+')
 # What an ImageNet classifier holds beside the backbone, and what the dense form adds.
 _CLASSIFIER = ('head.', 'aux_head.')
 _DENSE_ONLY = ('extra_norm.', 'h_proj.')
@@ -26,7 +30,9 @@ _SHOWN = 5
 class Form(NamedTuple):
     """What kind of OverLoCK a state dict is of."""
 
-    arch: str  # 'xt', 't', 's', 'b', or sizes; empty if it is no OverLoCK at all
+    # 'xt', 't', 's', 'b', or a dict of sizes, None where parts are absent; '' if it is
+    # no OverLoCK at all
+    arch: str | dict
     task: str  # 'classification', 'segmentation' or 'detection'
     deploy: bool
 
@@ -34,7 +40,10 @@ class Form(NamedTuple):
         if not self.arch:
             return 'no OverLoCK'
         form = 'deploy' if self.deploy else 'training'
-        return f'OverLoCK {self.arch}, {self.task} form{_OPTION[self.task]}, {form} form'
+        arch = self.arch
+        if isinstance(arch, dict):
+            arch = f'of embed_dims {arch["embed_dims"]} and depths {arch["depths"]}'
+        return f'OverLoCK {arch}, {self.task} form{_OPTION[self.task]}, {form} form'
 
 
 @dataclass
@@ -42,11 +51,12 @@ class LoadReport:
     """Names of the entries of a file and of a model, by what became of them."""
 
     source: str
+    key: str  # under which the file has its weights
     file_form: Form
     model_form: Form
     loaded: list[str] = field(default_factory=list)
     absent: dict[str, list[str]] = field(default_factory=dict)  # by the reason
-    ignored: list[str] = field(default_factory=list)
+    ignored: dict[str, Tensor] = field(default_factory=dict)  # as in the file
     unexpected: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -61,13 +71,14 @@ class LoadReport:
             (f'absent as expected: {why}', names) for why, names in self.absent.items()
         ]
         rows += [
-            ('left out, as ignore_mismatched says', self.ignored),
+            ('left out, as ignore_mismatched says', list(self.ignored)),
             ('unexpected: not in the model', self.unexpected),
             ('missing from the file', self.missing),
             ('of another shape', self.mismatched),
         ]
+        key = f', under {self.key!r}' if self.key else ''
         lines = [
-            f'Weights of {self.source}',
+            f'Weights of {self.source}{key}',
             f'  file:  {self.file_form}',
             f'  model: {self.model_form}',
         ]
@@ -90,12 +101,16 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a checkpoint into a model with OverLoCK, and report what fitted.
 
-    Wrappers (``state_dict``, ``model``, ``state_dict_ema``, ``ema``; ``module.``;
+    Wrappers (``state_dict_ema``, ``ema``, ``state_dict``, ``model``; ``module.``;
     ``backbone.`` for a bare backbone) are taken off. A file in training form is merged
     on its way into a model in deploy form. Absent may be: an ImageNet file's
     classifier heads from the model and the output norms of the dense form from such a
     file, the heads of a detector or segmentor from a bare backbone, and what
     ``out_indices`` leaves out. The report is printed.
+
+    ``init_cfg=dict(type='Pretrained', checkpoint=source, ...)`` of :class:`OverLoCK`
+    takes the same options, and so does ``load_options`` of a config with the runner
+    :class:`overlock_mm.runner.StrictRunner`.
 
     Args:
         model: an OverLoCK, or a detector or segmentor whose ``backbone`` is one.
@@ -115,6 +130,33 @@ def load_checkpoint(
         FileNotFoundError: if there is no such file.
         ValueError: if the model has no OverLoCK, or a folded one.
     """
+    content = read_weights(source, map_location, trust)
+    report, state = fit(
+        model, content, source, prefix, strict, ignore_mismatched, ignore_unexpected
+    )
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def fit(
+    model: nn.Module,
+    content,
+    source: str = 'the checkpoint',
+    prefix: str | None = None,
+    strict: bool = True,
+    ignore_mismatched: Sequence[str] = (),
+    ignore_unexpected: Sequence[str] = (),
+    logger: str = 'current',
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Find what a model can load of a checkpoint; the model stays as it is.
+
+    ``content`` is what the file of name ``source`` holds; else arguments and errors are
+    those of :func:`load_checkpoint`. The report goes to ``logger``, which may be
+    ``'silent'``.
+
+    Returns:
+        The report, and the entries that fit, by the model's names.
+    """
     backbone = getattr(model, 'backbone', model)
     if not hasattr(backbone, 'absent_parts'):
         raise ValueError(
@@ -123,11 +165,11 @@ def load_checkpoint(
         )
     if backbone.folded:
         raise ValueError('a folded OverLoCK takes no checkpoint: load first, then fold')
-    state = unwrap(read_weights(source, map_location, trust), source)
-    own = {k: v for k, v in model.state_dict().items()}
+    key, state = unwrap(content, source)
+    own = dict(model.state_dict())
     at = '' if model is backbone else 'backbone.'
     state, others = _select(state, prefix, at)
-    report = LoadReport(str(source), _form(state, at), _form(own, at))
+    report = LoadReport(str(source), key, form_of(state, at), form_of(own, at))
     if others:
         report.absent['parts of another model around the backbone'] = others
     if _is_deploy(own, at) and not _is_deploy(state, at):
@@ -162,37 +204,35 @@ def load_checkpoint(
         elif state[name].shape == tensor.shape:
             report.loaded.append(name)
         elif name.startswith(tuple(ignore_mismatched)):
-            report.ignored.append(name)
+            report.ignored[name] = state[name]
         else:
             shapes = f'file {tuple(state[name].shape)}, model {tuple(tensor.shape)}'
             report.mismatched.append(f'{name} ({shapes})')
     report.unexpected += [k for k in state if k not in own]
-    print_log(str(report), logger='current')
+    print_log(str(report), logger=logger)
     if strict and not report.complete:
         raise CheckpointError(_complaint(report, at))
-    model.load_state_dict({k: state[k] for k in report.loaded}, strict=False)
-    return report
+    return report, {k: state[k] for k in report.loaded}
 
 
-def unwrap(content, source: str = 'the checkpoint') -> dict[str, Tensor]:
-    """The tensors of a checkpoint, bare or under a usual key, by their names in a model.
+def unwrap(content, source: str) -> tuple[str, dict[str, Tensor]]:
+    """The key that a checkpoint has its tensors under ('' if bare), and the tensors.
 
     Raises:
         CheckpointError: if there is no state dict in it.
     """
-    for key in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(map(torch.is_tensor, content.values())):
-        held = f'a {type(content).__name__}'
-        if isinstance(content, dict):
-            held = f'a dict with {_first(list(map(str, content)))}'
-        raise CheckpointError(
-            f'{source} holds {held}, no state dict; weights are looked for at the top and '
-            f'under {", ".join(_WRAPPERS)}'
-        )
-    return {k.removeprefix('module.'): v for k, v in content.items() if torch.is_tensor(v)}
+    held = content if isinstance(content, dict) else {}
+    for key, inner in (*((k, held.get(k)) for k in _WRAPPERS), ('', held)):
+        if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
+            tensors = {k: v for k, v in inner.items() if torch.is_tensor(v)}
+            return key, {_MODULE.sub('', k): v for k, v in tensors.items()}
+    what = f'a {type(content).__name__}'
+    if isinstance(content, dict):
+        what = f'a dict with {_first(list(map(str, content))) or "nothing in it"}'
+    raise CheckpointError(
+        f'{source} holds {what}, no state dict; weights are looked for at the top and '
+        f'under {", ".join(_WRAPPERS)}'
+    )
 
 
 def _select(state, prefix, at):
@@ -213,30 +253,47 @@ def _is_deploy(state, at) -> bool:
     return f'{at}blocks1.0.proj.1.lk_origin.bias' in state
 
 
-def _form(state, at) -> Form:
+def form_of(state: dict[str, Tensor], at: str = '') -> Form:
+    """What a state dict is of, by its entries.
+
+    Args:
+        state: tensors by their names.
+        at: what the names of the backbone's entries begin with.
+    """
     from .models import OverLoCK
 
-    names = [k.removeprefix(at) for k in state if k.startswith(at)]
+    own = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
+
+    def sizes(axis, *names):
+        return tuple(own[n].shape[axis] if n in own else None for n in names)
+
+    def depths(*parts):
+        found = ({k.split('.')[1] for k in own if k.startswith(f'{p}.')} for p in parts)
+        return tuple(len(blocks) or None for blocks in found)
+
     stems = ('patch_embed1.6.weight', *(f'patch_embed{i}.0.weight' for i in (2, 3, 4)))
-    dims = [len(state[at + name]) if name in names else None for name in stems]
-    if dims[0] is None:
+    kernels = (f'blocks{i}.0.proj.1.lk_origin.weight' for i in (1, 2, 3, 4))
+    heads = sizes(0, 'sub_blocks3.0.rpb1', 'sub_blocks4.0.rpb1')
+    arch = dict(
+        embed_dims=sizes(0, *stems),
+        depths=depths('blocks1', 'blocks2', 'blocks3', 'blocks4'),
+        focus_depths=depths('sub_blocks3', 'sub_blocks4'),
+        kernel_sizes=sizes(-1, *kernels),
+        focus_heads=tuple(h and h // 2 for h in heads),
+    )
+    if arch['embed_dims'][0] is None:
         return Form('', '', False)
-    parts = ('blocks1', 'blocks2', 'blocks3', 'blocks4', 'sub_blocks3', 'sub_blocks4')
-    depths = [
-        len({k.split('.')[1] for k in names if k.startswith(f'{part}.')}) for part in parts
-    ]
-    sizes = [s or None for s in (*dims, *depths)]  # None: not in this state dict
-    arch = f'of embed_dims {dims} and depths {depths}'
     for name in ('xt', 't', 's', 'b'):
         known = OverLoCK.arch_settings[name]
-        known = known['embed_dims'] + known['depths'] + known['focus_depths']
-        if all(s in (None, k) for s, k in zip(sizes, known, strict=True)):
+        if all(
+            v in (None, w) for k in arch for v, w in zip(arch[k], known[k], strict=True)
+        ):
             arch = name
             break
     task = 'classification'
-    if any(k.startswith(('h_proj.', 'extra_norm.4.')) for k in names):
+    if any(k.startswith(('h_proj.', 'extra_norm.4.')) for k in own):
         task = 'detection'
-    elif any(k.startswith('extra_norm.') for k in names):
+    elif any(k.startswith('extra_norm.') for k in own):
         task = 'segmentation'
     return Form(arch, task, _is_deploy(state, at))
 
@@ -266,13 +323,13 @@ def _complaint(report, at) -> str:
         'of another shape': report.mismatched,
     }
     return (
-        f'{report.source} does not fit this model, nothing was loaded. {listed(problems)}. '
-        f'The file is {report.file_form}; the model is {report.model_form}. '
-        f'{_advice(report, at)}'
+        f'{report.source} does not fit this model, nothing was loaded. '
+        f'{_listed(problems)}. The file is {report.file_form}; '
+        f'the model is {report.model_form}. {_advice(report, at)}'
     )
 
 
-def listed(problems: dict[str, list[str]]) -> str:
+def _listed(problems: dict[str, list[str]]) -> str:
     """One line that says which entries have which problem."""
     return '; '.join(
         f'{len(v)} entries are {what}: {_first(v)}' for what, v in problems.items() if v

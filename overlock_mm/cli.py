@@ -4,14 +4,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
-from .checkpoint import load_checkpoint
 from .weights_file import CheckpointError
 
 # name, and its packages in the two families that own the same import names
@@ -49,29 +47,13 @@ def build_model(cfg):
     return MODELS.build(cfg.model)
 
 
-def load_strictly(runner, cfg, before: str, **options) -> None:
-    """Have ``cfg.load_from`` loaded by ``load_checkpoint``, where the backbone is ours.
+def build_runner(cfg):
+    """The runner of a config: of ``runner_type``, or one whose weights must fit."""
+    from mmengine.registry import RUNNERS
 
-    mmengine would load what fits and only log the rest.
-
-    Args:
-        runner: an mmengine Runner, built from ``cfg``.
-        cfg: its config.
-        before: point of the run, after the weights are initialised: 'train' or 'test'.
-        **options: of ``load_checkpoint``.
-    """
-    from mmengine.hooks import Hook
-
-    model = runner.model
-    while hasattr(model, 'module'):  # of distributed training, of augmented testing
-        model = model.module
-    if not hasattr(getattr(model, 'backbone', None), 'absent_parts'):
-        return
-    runner._load_from = None
-    hook = Hook()
-    load = partial(load_checkpoint, model, cfg.load_from, **options)
-    setattr(hook, f'before_{before}', lambda _: load())
-    runner.register_hook(hook, priority='VERY_HIGH')
+    importlib.import_module('overlock_mm.runner')
+    cfg.setdefault('runner_type', 'StrictRunner')
+    return RUNNERS.build(cfg)
 
 
 def is_main_process() -> bool:
@@ -80,14 +62,10 @@ def is_main_process() -> bool:
     return next((os.environ[r] for r in ranks if r in os.environ), '0') == '0'
 
 
-def add_shared_arguments(parser) -> None:
-    """Add the options that training and testing have in common."""
+def add_config_options(parser) -> None:
+    """Add ``--cfg-options``."""
     from mmengine.config import DictAction
 
-    parser.add_argument(
-        '--work-dir',
-        help='where logs and results go; default: work_dirs/ and the name of the config',
-    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -95,6 +73,15 @@ def add_shared_arguments(parser) -> None:
         metavar='KEY=VALUE',
         help='override config entries, e.g. train_dataloader.batch_size=4',
     )
+
+
+def add_run_arguments(parser) -> None:
+    """Add the options that training and testing have in common."""
+    parser.add_argument(
+        '--work-dir',
+        help='where logs and results go; default: work_dirs/ and the name of the config',
+    )
+    add_config_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -104,6 +91,16 @@ def add_shared_arguments(parser) -> None:
     parser.add_argument(
         '--local-rank', '--local_rank', type=int, default=0, help='set by the launcher'
     )
+
+
+def load_run_config(args):
+    """Read ``args.config`` and apply the options of :func:`add_run_arguments`."""
+    cfg = load_config(args.config, args.cfg_options)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg.launcher = args.launcher
+    name = Path(args.config).stem
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{name}'
+    return cfg
 
 
 def _package(name: str) -> str:
@@ -121,11 +118,11 @@ def _require(name: str) -> None:
         )
 
 
-def load_config(args):
-    """Read ``args.config`` and apply the shared options.
+def load_config(config: str, options: dict | None = None):
+    """Read a config and override entries of it.
 
     Returns:
-        mmengine.Config: with ``work_dir`` and ``launcher`` set.
+        mmengine.Config: the config.
 
     Raises:
         UserError: if the file is missing or not a config of a known toolbox, or if the
@@ -133,16 +130,13 @@ def load_config(args):
     """
     from mmengine.config import Config
 
-    path = Path(args.config)
+    path = Path(config)
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
         raise UserError(f'config {path} does not exist; {hint}')
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = Config.fromfile(path)
-    cfg.merge_from_dict(args.cfg_options or {})
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.stem}'
+    cfg.merge_from_dict(options or {})
     scope = cfg.get('default_scope')
     if scope not in ('mmseg', 'mmdet'):
         raise UserError(
@@ -249,6 +243,19 @@ def _datasets(node) -> Iterator[dict]:
         else:
             yield from _datasets(node.get('dataset'))
             yield from _datasets(node.get('datasets'))
+
+
+def check_output(path: str, suffixes: Sequence[str], force: bool) -> Path:
+    """Raise :class:`UserError` if a file cannot be written, or exists without ``force``."""
+    path = Path(path)
+    if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
+        raise UserError(
+            f'{path} must end in {" or ".join(suffixes)} and be in a folder that exists '
+            'and can be written to'
+        )
+    if path.exists() and not force:
+        raise UserError(f'{path} exists; give another name, or --force')
+    return path
 
 
 def check_file(path: str, what: str) -> None:

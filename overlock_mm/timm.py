@@ -12,13 +12,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .checkpoint import listed, unwrap
+from .checkpoint import fit
 from .models.overlock import PARTS_FROM, OverLoCK, init_weights
+from .weights_file import plain_data_allowed
 
 __all__ = ['OverLoCKClassifier']
 
 _HEAD_WIDTH = 1024
 _CLASSIFIERS = ('head.4', 'aux_head.2')
+_FIRST_CONV = 'patch_embed1.0'
 _REPARAM_TAG = 'in1k_reparam'
 
 
@@ -222,6 +224,11 @@ class OverLoCKClassifier(OverLoCK):
         )
         return head.apply(init_weights)
 
+    def absent_parts(self) -> tuple[str, ...]:
+        """Prefixes of the state-dict entries that a pruned model has lost."""
+        parts = super().absent_parts()  # the output norms are of another form
+        return tuple(p for p in parts if not p.startswith('extra_norm.'))
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass, or stop doing so."""
         self.with_cp = tuple(range(5)) if enable else ()
@@ -256,33 +263,17 @@ def _classifier(dim: int, num_classes: int) -> nn.Module:
 
 
 def checkpoint_filter_fn(checkpoint: dict, model: OverLoCKClassifier) -> dict:
-    """The state dict of a released file, checked against ``model``.
+    """The entries of a file for timm to load, checked and reported as elsewhere.
 
-    timm loads without strictness once the number of classes differs, so names are
-    compared here; only the classifiers may be missing. Shapes are left to timm.
+    timm loads without strictness once the number of classes differs. Here all but the
+    classifiers and the first convolution, which timm adapts, must fit the model.
 
     Raises:
-        RuntimeError: if the file is of another arch or form.
+        CheckpointError: if the file is of another arch or form, or no checkpoint.
     """
-    state_dict = unwrap(checkpoint)
-    if model.aux_head is None:
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith('aux_head.')}
-    own, classifiers = model.state_dict(), tuple(f'{name}.' for name in _CLASSIFIERS)
-    problems = {
-        'missing from the file': [
-            k for k in own if k not in state_dict and not k.startswith(classifiers)
-        ],
-        'not in the model': [
-            k for k in state_dict if k not in own and not k.startswith(classifiers)
-        ],
-    }
-    if any(problems.values()):
-        raise RuntimeError(
-            'the file does not hold the weights of this classifier, nothing was loaded. '
-            f'{listed(problems)}. Check arch and deploy of the model; deploy=True goes '
-            f'with the tag {_REPARAM_TAG}'
-        )
-    return state_dict
+    adapted = (*(f'{name}.' for name in _CLASSIFIERS), f'{_FIRST_CONV}.')
+    report, state = fit(model, checkpoint, ignore_mismatched=adapted)
+    return state | report.ignored
 
 
 def _cfg(url: str, crop_pct: float) -> dict:
@@ -295,7 +286,7 @@ def _cfg(url: str, crop_pct: float) -> dict:
         interpolation='bicubic',
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
-        first_conv='patch_embed1.0',
+        first_conv=_FIRST_CONV,
         classifier=_CLASSIFIERS,
         license='apache-2.0',
         origin_url='https://github.com/LMMMEng/OverLoCK',
@@ -323,16 +314,17 @@ def _create_overlock(arch: str, pretrained: bool, pretrained_cfg=None, **kwargs)
         kwargs.setdefault('deploy', True)
     if pretrained_cfg is None and kwargs.get('deploy'):
         pretrained_cfg = _REPARAM_TAG
-    return build_model_with_cfg(
-        OverLoCKClassifier,
-        f'overlock_{arch}',
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
-        arch=arch,
-        **kwargs,
-    )
+    with plain_data_allowed():  # timm's own reader takes less
+        return build_model_with_cfg(
+            OverLoCKClassifier,
+            f'overlock_{arch}',
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+            arch=arch,
+            **kwargs,
+        )
 
 
 @register_model

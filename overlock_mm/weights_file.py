@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -43,7 +44,8 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
             ``argparse.Namespace`` and mmengine's history buffers.
 
     Returns:
-        The object that was saved; for safetensors, a dict of tensors.
+        The object that was saved; for safetensors a dict of tensors, or, from a file of
+        :func:`write_weights`, one of ``meta`` and ``state_dict``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -70,17 +72,9 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
             'in place of a file that was not found; download the file itself'
         )
     if path.suffix == '.safetensors':
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path, device=str(map_location))
-        except SafetensorError as error:
-            raise CheckpointError(f'{path} is damaged: {error}; get it again') from error
+        return _read_safetensors(path, map_location)
     try:
-        # before torch 2.6 only tensors and plain containers can be read without trust
-        listed = not trust and _TORCH >= (2, 6)
-        with torch.serialization.safe_globals(_allowed()) if listed else nullcontext():
+        with nullcontext() if trust else plain_data_allowed():
             return torch.load(path, map_location, weights_only=not trust)
     except (pickle.UnpicklingError, _Refused) as error:
         found = _UNTRUSTED.search(str(error))
@@ -94,6 +88,54 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
+
+
+def plain_data_allowed():
+    """A context in which ``torch.load`` reads the plain data that checkpoints hold.
+
+    Before torch 2.6 there is no such list: only tensors and containers of them are read.
+    """
+    if _TORCH < (2, 6):
+        return nullcontext()
+    return torch.serialization.safe_globals(_allowed())
+
+
+def _read_safetensors(path, map_location):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework='pt', device=str(map_location)) as file:
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            meta = (file.metadata() or {}).get('meta')
+    except SafetensorError as error:
+        raise CheckpointError(f'{path} is damaged: {error}; get it again') from error
+    return dict(meta=json.loads(meta), state_dict=tensors) if meta else tensors
+
+
+def write_weights(content: dict, path: str | Path) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        content: a dict with ``meta`` and ``state_dict`` (and more, in a ``.pth`` file).
+        path: what to write; ending in ``.safetensors``, it holds the tensors, and
+            ``meta`` as JSON among its metadata.
+    """
+    path = Path(path)
+    partial = path.with_name(f'{path.stem}.partial{path.suffix}')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import save_file
+
+            # a copy each: the format knows no shared storage
+            tensors = {k: v.detach().clone() for k, v in content['state_dict'].items()}
+            tensors = {k: v.contiguous() for k, v in tensors.items()}
+            meta = json.dumps(content.get('meta', {}), default=str)
+            save_file(tensors, partial, metadata=dict(format='pt', meta=meta))
+        else:
+            torch.save(content, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _unreadable(path, error):

@@ -51,6 +51,17 @@ def test_names_of_a_distributed_model(tmp_path):
     assert_loaded(model, state, fresh=('extra_norm.',))
 
 
+def test_the_log_says_what_was_initialised_how(tmp_path, capfd):
+    model = load(tmp_path / 'w.pth', classifier_state(tiny()))
+    printed = capfd.readouterr().out.split(' - torch.Size')
+    said = {a.split()[-1]: b for a, b in zip(printed, printed[1:], strict=False)}
+    assert set(said) == dict(model.named_parameters()).keys()
+    for name, text in said.items():
+        fresh = name.startswith('extra_norm.')
+        assert ('Pretrained: load from' in text) != fresh, name
+        assert ('The value is the same' in text) == fresh, name
+
+
 def test_second_call_keeps_trained_weights(tmp_path):
     model = load(tmp_path / 'w.pth', classifier_state(tiny()))
     torch.nn.init.zeros_(model.blocks1[0].dwconv.weight)
@@ -263,7 +274,10 @@ def test_another_number_of_classes(tmp_path):
     with pytest.raises(RuntimeError, match=r"ignore_mismatched=\['decode_head'\]"):
         load_checkpoint(model, path)
     report = load_checkpoint(model, path, ignore_mismatched=['decode_head'])
-    assert report.ignored == ['decode_head.weight', 'decode_head.bias'] and report.complete
+    assert (
+        list(report.ignored) == ['decode_head.weight', 'decode_head.bias']
+        and report.complete
+    )
     assert torch.equal(model.decode_head.weight, before)
     assert torch.equal(
         model.backbone.patch_embed1[0].weight, source.backbone.patch_embed1[0].weight
@@ -311,7 +325,7 @@ def test_the_arch_is_recognised(tmp_path, arch):
     torch.save({k: torch.zeros(v.shape) for k, v in state.items()}, path)
     with pytest.raises(RuntimeError, match="The file is OverLoCK .*arch='(xt|t|s|b)'"):
         load_checkpoint(tiny(), path)
-    assert checkpoint._form(full, '').arch == arch
+    assert checkpoint.form_of(full).arch == arch
 
 
 def test_models_that_take_no_checkpoint(tmp_path):

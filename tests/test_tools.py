@@ -1,6 +1,7 @@
 """The command lines, run as a user runs them."""
 
 import json
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from conftest import ROOT, tool
 from mmengine.config import Config
 from test_overlock import TINY
 
-from overlock_mm import OverLoCK
+from overlock_mm import OverLoCK, cli
 
 SEGMENTATION = ROOT / 'configs/segmentation/upernet_overlock_xt_demo.py'
 DETECTION = ROOT / 'configs/detection/cascade_mask_rcnn_overlock_xt_demo.py'
@@ -112,22 +113,17 @@ def metrics_in(work_dir):
     return json.loads(log.read_text().splitlines()[-1])
 
 
-def test_segmentor_pictures_and_label_maps(segmentor, configs, demo_data):
-    run(
-        [
-            *tool('test.py'),
-            configs / 'segmentor.py',
-            segmentor / 'iter_6.pth',
-            '--work-dir',
-            'seg_test',
-            '--show-dir',
-            'seg_pictures',
-            '--out',
-            'seg_out',
-        ],
-        demo_data,
-    )
-    assert 0 <= metrics_in(demo_data / 'seg_test')['mIoU'] <= 100
+@pytest.fixture(scope='module')
+def tested(segmentor, configs, demo_data):
+    """Metrics of the trained segmentor; the run draws and saves its predictions."""
+    command = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
+    command += ['--show-dir', 'seg_pictures', '--out', 'seg_out', '--work-dir', 'seg_test']
+    run(command, demo_data)
+    return metrics_in(demo_data / 'seg_test')
+
+
+def test_segmentor_pictures_and_label_maps(tested, demo_data):
+    assert 0 <= tested['mIoU'] <= 100
     assert len(list((demo_data / 'seg_pictures').rglob('*.png'))) == 2
     assert len(list((demo_data / 'seg_out').glob('*.png'))) == 2
 
@@ -149,14 +145,11 @@ def test_segmentor_augmented(segmentor, configs, demo_data):
     assert dumped.model.type == 'SegTTAModel'
 
 
-def test_folded_backbone(segmentor, configs, demo_data):
-    metrics = []
-    for fold in ([], ['--fold']):
-        work_dir = f'seg_fold{len(fold)}'
-        command = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
-        run([*command, '--work-dir', work_dir, '--out', work_dir, *fold], demo_data)
-        metrics.append(metrics_in(demo_data / work_dir))
-    assert metrics[1]['mIoU'] == pytest.approx(metrics[0]['mIoU'], abs=0.5)
+def test_folded_backbone(segmentor, tested, configs, demo_data):
+    command = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
+    run([*command, '--work-dir', 'folded', '--fold'], demo_data)
+    folded = metrics_in(demo_data / 'folded')['mIoU']
+    assert folded == pytest.approx(tested['mIoU'], abs=0.5)
 
 
 def test_a_checkpoint_that_does_not_fit(segmentor, configs, demo_data):
@@ -172,7 +165,7 @@ def test_a_checkpoint_that_does_not_fit(segmentor, configs, demo_data):
         assert 'context_skip=False, for a segmentation file' in line
 
 
-def test_deploy_checkpoint(segmentor, configs, demo_data):
+def test_deploy_checkpoint(segmentor, tested, configs, demo_data):
     command = [*tool('deploy_checkpoint.py'), configs / 'segmentor.py']
     command += [segmentor / 'iter_6.pth', 'merged.pth']
     assert 'agree to' in run(command, demo_data).stdout
@@ -181,10 +174,78 @@ def test_deploy_checkpoint(segmentor, configs, demo_data):
     fails(command, demo_data, 'merged.pth exists', '--force')
     test = [*tool('test.py'), 'merged.py', 'merged.pth', '--work-dir', 'merged']
     run(test, demo_data)
-    plain = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
-    run([*plain, '--work-dir', 'unmerged'], demo_data)
-    results = [metrics_in(demo_data / d)['mIoU'] for d in ('merged', 'unmerged')]
-    assert results[0] == pytest.approx(results[1], abs=0.5)
+    merged_mean = metrics_in(demo_data / 'merged')['mIoU']
+    assert merged_mean == pytest.approx(tested['mIoU'], abs=0.5)
+
+
+def test_convert_checkpoint(segmentor, tested, configs, demo_data):
+    command = [*tool('convert_checkpoint.py'), segmentor / 'iter_6.pth']
+    verify = ['--verify', configs / 'segmentor.py']
+    printed = run([*command, 'former.pth', '--to', 'released', *verify], demo_data).stdout
+    assert 'Verified: all of' in printed and 'classes' in printed and 'Wrote' in printed
+    former = torch.load(demo_data / 'former.pth')
+    assert set(former) == {'meta', 'state_dict'} and former['meta']['CLASSES']
+    fails([*command, 'former.pth'], demo_data, 'former.pth exists', '--force')
+    keep = ['w.safetensors', '--keep-optimizer']
+    fails([*command, *keep], demo_data, 'has no place for --keep-optimizer')
+    back = [*tool('convert_checkpoint.py'), 'former.pth', 'back.safetensors', '--half']
+    run([*back, '--safetensors'], demo_data)
+    test = [*tool('test.py'), configs / 'segmentor.py', 'back.safetensors']
+    run([*test, '--work-dir', 'converted'], demo_data)
+    converted = metrics_in(demo_data / 'converted')['mIoU']
+    assert converted == pytest.approx(tested['mIoU'], abs=0.5)
+    broken = former['state_dict']['backbone.blocks1.0.dwconv.bias']
+    broken.fill_(float('nan'))
+    torch.save(former, demo_data / 'nan.pth')
+    nan = [*tool('convert_checkpoint.py'), 'nan.pth', 'out.pth', *verify]
+    result = run(nan, demo_data, status=2)
+    assert 'not finite; not written' in result.stderr
+    assert not (demo_data / 'out.pth').exists()
+
+
+def test_files_to_write(tmp_path):
+    out = tmp_path / 'w.pth'
+    assert cli.check_output(out, ['.pth'], False) == out
+    for path in (tmp_path / 'w.bin', tmp_path / 'none' / 'w.pth'):
+        with pytest.raises(cli.UserError, match='must end in .pth or .safetensors and'):
+            cli.check_output(path, ['.pth', '.safetensors'], False)
+    out.touch()
+    with pytest.raises(cli.UserError, match='w.pth exists; give another name, or --force'):
+        cli.check_output(out, ['.pth'], False)
+    assert cli.check_output(out, ['.pth'], True) == out
+
+
+def test_convert_detector(detector, configs, demo_data):
+    command = [*tool('convert_checkpoint.py'), detector / 'epoch_1.pth', 'det_former.pth']
+    command += ['--to', 'released', '--keep-optimizer', '--verify', configs / 'detector.py']
+    score = ['--cfg-options', 'model.test_cfg.rcnn.score_thr=0.0']
+    printed = run([*command, *score], demo_data).stdout
+    assert 'Verified: all of' in printed and 'noise: 0 objects' not in printed
+    former = torch.load(demo_data / 'det_former.pth', weights_only=False)
+    assert {'meta', 'state_dict', 'optimizer'} <= set(former)
+
+
+def test_convert_an_imagenet_file(configs, demo_data):
+    torch.manual_seed(0)
+    source = OverLoCK(TINY)
+    state = {k: v for k, v in source.state_dict().items() if 'extra_norm' not in k}
+    torch.save(dict(model=state), demo_data / 'imagenet.pth')
+    command = [*tool('convert_checkpoint.py'), 'imagenet.pth', 'dense.pth']
+    fails(command, demo_data, 'imagenet.pth is OverLoCK', "'segmentation' or 'detection'")
+    verify = ['--verify', configs / 'segmentor.py']
+    printed = run([*command, '--to', 'segmentation', *verify], demo_data).stdout
+    assert 'Verified: all of' in printed
+    source.load_state_dict(weights(demo_data / 'dense.pth'), strict=True)
+
+
+def test_a_file_that_must_be_trusted(configs, demo_data):
+    """Each tool names what it is, and reads it when told to."""
+    state = {f'backbone.{k}': v for k, v in OverLoCK(TINY).state_dict().items()}
+    content = dict(state_dict=state, extra=pathlib.PurePosixPath('a'))
+    torch.save(content, demo_data / 'path.pth')
+    convert = [*tool('convert_checkpoint.py'), 'path.pth', 'trusted.pth']
+    fails(convert, demo_data, 'holds pathlib.', 'trust')
+    run([*convert, '--trust'], demo_data)
 
 
 def test_detector_pictures_and_predictions(detector, configs, demo_data):

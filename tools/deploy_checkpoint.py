@@ -5,14 +5,15 @@ Writes OUT and, beside it, a config that loads it. The weights of a folded model
 """
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 try:
     import torch
 
-    from overlock_mm import __version__, cli, load_checkpoint
+    from overlock_mm import cli
+    from overlock_mm.checkpoint import fit
+    from overlock_mm.convert import origin
+    from overlock_mm.weights_file import read_weights, write_weights
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
@@ -30,21 +31,16 @@ def parse_args():
     parser.add_argument('checkpoint', help='its checkpoint, in training form; file or URL')
     parser.add_argument('out', metavar='OUT.pth', help='checkpoint to write')
     parser.add_argument('--force', action='store_true', help='overwrite OUT and its config')
-    cli.add_shared_arguments(parser)
+    cli.add_config_options(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    cfg = cli.load_config(args)
+    cfg = cli.load_config(args.config, args.cfg_options)
     cli.check_file(args.checkpoint, 'checkpoint')
-    out = Path(args.out)
-    config = out.with_suffix('.py')
-    if out.suffix != '.pth' or not os.access(out.parent, os.W_OK):
-        raise cli.UserError(f'{out} must end in .pth and be in a folder that exists')
-    for path in (out, config):
-        if path.exists() and not args.force:
-            raise cli.UserError(f'{path} exists; give another name, or --force')
+    out = cli.check_output(args.out, ['.pth'], args.force)
+    config = cli.check_output(out.with_suffix('.py'), ['.py'], args.force)
     if cfg.model.backbone.get('type') != 'OverLoCK' or cfg.model.backbone.get('deploy'):
         raise cli.UserError(
             f'the backbone of {args.config} is no OverLoCK in training form; there is '
@@ -53,7 +49,10 @@ def main():
 
     cli.without_pretrained(cfg.model)
     model = cli.build_model(cfg)
-    load_checkpoint(model, args.checkpoint)
+    options = dict(cfg.get('load_options') or {})
+    content = read_weights(args.checkpoint, trust=options.pop('trust', False))
+    report, state = fit(model, content, args.checkpoint, **options)
+    model.load_state_dict(state, strict=False)
     backbone = model.backbone.eval()
     images = torch.randn(1, backbone.in_channels, 224, 320)
     before, size = outputs_and_size(backbone, images)
@@ -69,10 +68,9 @@ def main():
         )
     cfg.model.backbone.deploy = True
     cfg.load_from = str(out)
-    meta = dict(
-        overlock_mm=__version__, source=str(args.checkpoint), config=str(args.config)
-    )
-    torch.save(dict(meta=meta, state_dict=model.state_dict()), out)
+    meta = content.get('meta', {}) if report.key else {}
+    meta = dict(meta, overlock_mm=origin(args.checkpoint, args.config))
+    write_weights(dict(meta=meta, state_dict=model.state_dict()), out)
     cfg.dump(config)
     print(
         f'Merged: outputs on random input agree to {error:.1e}; the backbone has '

@@ -40,20 +40,18 @@ def parse_args():
         help="evaluate the backbone's inference-only form (overlock_mm.fold): the same "
         'predictions up to rounding, faster',
     )
-    cli.add_shared_arguments(parser)
+    cli.add_run_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    cfg = cli.load_config(args)
+    cfg = cli.load_run_config(args)
     cli.check_file(args.checkpoint, 'checkpoint')
     cli.check_dataset(cfg, 'test_dataloader')
     detection = cfg.default_scope == 'mmdet'
     if args.out and detection and not args.out.endswith(('.pkl', '.pickle')):
         raise cli.UserError(f'--out {args.out} must end in .pkl for a detector')
-
-    from mmengine.runner import Runner
 
     cfg.load_from, cfg.resume = args.checkpoint, False
     cli.without_pretrained(cfg.model)
@@ -75,9 +73,7 @@ def main():
         evaluator.output_dir = args.out
     if args.tta:
         use_test_time_augmentation(cfg, evaluator)
-    runner = Runner.from_cfg(cfg)
-    left_out = ['roi_head.mask_head.'] if args.tta else []
-    cli.load_strictly(runner, cfg, before='test', ignore_unexpected=left_out)
+    runner = cli.build_runner(cfg)
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
 
@@ -105,6 +101,9 @@ def use_test_time_augmentation(cfg, evaluator):
                 'are predicted and evaluated, masks are left out.'
             )
         roi_head.update(mask_head=None, mask_roi_extractor=None)
+        options = dict(cfg.get('load_options') or {})
+        ignored = [*options.get('ignore_unexpected', []), 'roi_head.mask_head.']
+        cfg.load_options = dict(options, ignore_unexpected=ignored)
         evaluator.metric = 'bbox'
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model

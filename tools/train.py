@@ -34,16 +34,16 @@ def parse_args():
     parser.add_argument(
         '--no-pretrained', action='store_true', help='start from random weights'
     )
-    cli.add_shared_arguments(parser)
+    cli.add_run_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    cfg = cli.load_config(args)
+    cfg = cli.load_run_config(args)
 
     import torch
-    from mmengine.runner import Runner, find_latest_checkpoint
+    from mmengine.runner import find_latest_checkpoint
 
     if args.amp:
         if not torch.cuda.is_available():
@@ -70,12 +70,12 @@ def main():
         cli.without_pretrained(cfg.model)
     cli.check_dataset(cfg, 'train_dataloader', 'val_dataloader')
 
-    runner = Runner.from_cfg(cfg)
-    if cfg.get('load_from') and not cfg.get('resume'):
-        cli.load_strictly(runner, cfg, before='train')
+    runner = cli.build_runner(cfg)
     try:
         runner.train()
     except CheckpointError as error:
+        if cfg.get('load_from'):
+            raise
         raise cli.UserError(f'{error}; or start without: --no-pretrained') from error
 
 

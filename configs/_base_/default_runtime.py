@@ -1,5 +1,10 @@
 # What both tasks share; default_scope and the visualizer come with the task's runtime.
-custom_imports = dict(imports=['overlock_mm'], allow_failed_imports=False)
+custom_imports = dict(
+    imports=['overlock_mm', 'overlock_mm.runner'], allow_failed_imports=False
+)
+# load_from must fit the model; load_options has the options of load_checkpoint
+runner_type = 'StrictRunner'
+load_options = dict()
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

@@ -322,18 +322,13 @@ class OverLoCK(BaseModule):
         """
         if self.is_init:  # as in mmengine: a second call changes nothing
             return
-        cfgs = self.init_cfg or []
-        cfgs = [cfgs] if isinstance(cfgs, dict) else list(cfgs)
-        pretrained = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
         init_cfg = self.init_cfg
-        self.init_cfg = [c for c in cfgs if c not in pretrained] or None
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+        pretrained = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
+        others = [c for c in cfgs if c not in pretrained]
+        self.init_cfg = [*others, *(dict(c, type=_CheckedPretrained) for c in pretrained)]
         super().init_weights()
         self.init_cfg = init_cfg
-        for cfg in pretrained:
-            options = {k: v for k, v in cfg.items() if k not in ('type', 'checkpoint')}
-            load_checkpoint(self, cfg['checkpoint'], **options)
-            if hasattr(self, '_params_init_info'):
-                update_init_info(self, f'Pretrained: load from {cfg["checkpoint"]}')
 
     def train(self, mode: bool = True):
         if mode and self.folded:
@@ -445,6 +440,18 @@ def init_weights(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+class _CheckedPretrained:
+    """In place of mmengine's ``Pretrained``, which loads what fits and goes on."""
+
+    def __init__(self, checkpoint: str, **options):
+        self.checkpoint, self.options = checkpoint, options
+
+    def __call__(self, module: nn.Module) -> None:
+        load_checkpoint(module, self.checkpoint, **self.options)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, f'Pretrained: load from {self.checkpoint}')
 
 
 class _StatisticsKept:
