@@ -109,8 +109,8 @@ def load_checkpoint(
     ``out_indices`` leaves out. The report is printed.
 
     ``init_cfg=dict(type='Pretrained', checkpoint=source, ...)`` of :class:`OverLoCK`
-    takes the same options, and so does ``load_options`` of a config with the runner
-    :class:`overlock_mm.runner.StrictRunner`.
+    takes the same options, and so does :class:`overlock_mm.hooks.StrictLoadingHook`,
+    for ``load_from`` of a config.
 
     Args:
         model: an OverLoCK, or a detector or segmentor whose ``backbone`` is one.

@@ -48,12 +48,18 @@ def build_model(cfg):
 
 
 def build_runner(cfg):
-    """The runner of a config: of ``runner_type``, or one whose weights must fit."""
+    """The runner of a config, with weights that must fit."""
     from mmengine.registry import RUNNERS
 
-    importlib.import_module('overlock_mm.runner')
-    cfg.setdefault('runner_type', 'StrictRunner')
+    importlib.import_module('overlock_mm.hooks')
+    loading_options(cfg)
     return RUNNERS.build(cfg)
+
+
+def loading_options(cfg) -> dict:
+    """The config's entry for loading, as it is or as it is by default."""
+    hooks = cfg.setdefault('default_hooks', {})
+    return hooks.setdefault('loading', dict(type='StrictLoadingHook'))
 
 
 def is_main_process() -> bool:

@@ -139,7 +139,8 @@ def write_weights(content: dict, path: str | Path) -> None:
 
 
 def _unreadable(path, error):
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
+    lines = reason.splitlines() or [type(error).__name__]
     return (
         f'{path} ({path.stat().st_size} bytes) is no checkpoint, or a truncated one '
         f'({lines[0][:120]}); get it again'

@@ -154,8 +154,8 @@ def test_backbone(path):
     backbone, channels = cfg.model.backbone, list(OverLoCK.channels_of(arch))
     assert (backbone.type, backbone.arch) == ('OverLoCK', arch)
     assert backbone.context_skip == (path.parent.name == 'detection')
-    assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.runner']
-    assert cfg.runner_type == 'StrictRunner'
+    assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.hooks']
+    assert cfg.default_hooks.loading.type == 'StrictLoadingHook'
     if path.parent.name == 'segmentation':
         assert cfg.model.decode_head.in_channels == channels
         assert cfg.model.auxiliary_head.in_channels == channels[2]

@@ -5,7 +5,9 @@ import pathlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
+import mmseg
 import pytest
 import torch
 from conftest import ROOT, tool
@@ -158,10 +160,17 @@ def test_a_checkpoint_that_does_not_fit(segmentor, configs, demo_data):
     change = ['--cfg-options', 'model.backbone.context_skip=True']
     test = [*tool('test.py'), configs / 'segmentor.py', checkpoint, *change]
     train = [*tool('train.py'), configs / 'segmentor.py', '--no-pretrained', *change]
-    for command in (test, [*train, f'load_from={checkpoint}']):
-        result = run([*command, '--work-dir', 'unfit'], demo_data, status=2)
+    stock = Path(mmseg.__file__).parent / '.mim/tools/test.py'  # MMSegmentation's own
+    stock = [sys.executable, stock, configs / 'segmentor.py', checkpoint, *change]
+    for command, status in (
+        (test, 2),
+        ([*train, f'load_from={checkpoint}'], 2),
+        (stock, 1),
+    ):
+        result = run([*command, '--work-dir', 'unfit'], demo_data, status=status)
         line = result.stderr.splitlines()[-1]
-        assert line.startswith('error: ') and 'missing from the file: backbone.' in line
+        assert line.startswith('error: ') or status == 1 and 'CheckpointError: ' in line
+        assert 'missing from the file: backbone.' in line
         assert 'context_skip=False, for a segmentation file' in line
 
 
@@ -246,6 +255,10 @@ def test_a_file_that_must_be_trusted(configs, demo_data):
     convert = [*tool('convert_checkpoint.py'), 'path.pth', 'trusted.pth']
     fails(convert, demo_data, 'holds pathlib.', 'trust')
     run([*convert, '--trust'], demo_data)
+    deploy = [*tool('deploy_checkpoint.py'), configs / 'segmentor.py', 'path.pth', 'd.pth']
+    assert 'holds pathlib.' in run(deploy, demo_data, status=2).stderr
+    trusted = run([*deploy, '--trust'], demo_data, status=2).stderr
+    assert 'missing from the file: decode_head.' in trusted
 
 
 def test_detector_pictures_and_predictions(detector, configs, demo_data):

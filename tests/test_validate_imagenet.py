@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+import urllib.request
 from urllib.error import URLError
 
 import numpy as np
@@ -128,20 +129,25 @@ def test_errors(classified, tmp_path, monkeypatch, capsys):
         ([tmp_path / 'deep', *good], 'not in a folder of its class'),
         ([deep.parent, *good], 'has 1 classes with images, the model has 8'),
         ([val, '--checkpoint', folder / 'none.pth'], 'none.pth does not exist'),
-        ([val, '--checkpoint', tmp_path / 'text.pth'], 'text.pth is no checkpoint'),
+        ([val, '--checkpoint', tmp_path / 'text.pth'], 'is no checkpoint'),
         ([val, '--checkpoint', tmp_path / 'other.pth'], 'no classifier'),
-        ([val, '--checkpoint', weights], 'does not fit overlock_t: '),
+        ([val, '--checkpoint', weights], 'does not fit this model'),
         ([val, *good, '--device', 'tpu'], '--device tpu cannot be used'),
         ([val, *good, '--batch-size', '0'], '0 must be at least 1'),
         ([val, *good, '--subset', '-1'], '-1 must be at least 1'),
     ]
 
+    torch.save({'model': {}, 'path': tmp_path}, tmp_path / 'path.pth')
+    cases.append(([val, '--checkpoint', tmp_path / 'path.pth'], 'trust=True'))
+    trusted = [val, '--checkpoint', tmp_path / 'path.pth', '--trust']
+    cases.append((trusted, 'no state dict'))
+
     def no_network(*args, **kwargs):
         raise URLError('no network')
 
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
+    monkeypatch.setattr(urllib.request, 'urlopen', no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    cases.append(([val, '--model', 'overlock_xt'], 'could not be downloaded'))
+    cases.append(([val, '--model', 'overlock_xt'], 'xt_in1k_224.pth cannot be downloaded'))
     script = str(ROOT / 'tools' / 'validate_imagenet.py')
     for args, message in cases:
         monkeypatch.setattr(sys, 'argv', [script, *map(str, args), '--workers', '0'])

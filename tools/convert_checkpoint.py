@@ -49,7 +49,7 @@ def parse_args():
         help='keep the state of the optimizer and all else that training resumes from',
     )
     parser.add_argument(
-        '--trust', action='store_true', help='read SRC even if it holds code, and run it'
+        '--trust', action='store_true', help='read SRC even if it runs code'
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     cli.add_config_options(parser)

@@ -30,6 +30,9 @@ def parse_args():
     parser.add_argument('config', help='config of the trained model')
     parser.add_argument('checkpoint', help='its checkpoint, in training form; file or URL')
     parser.add_argument('out', metavar='OUT.pth', help='checkpoint to write')
+    parser.add_argument(
+        '--trust', action='store_true', help='read the checkpoint even if it runs code'
+    )
     parser.add_argument('--force', action='store_true', help='overwrite OUT and its config')
     cli.add_config_options(parser)
     return parser.parse_args()
@@ -49,10 +52,9 @@ def main():
 
     cli.without_pretrained(cfg.model)
     model = cli.build_model(cfg)
-    options = dict(cfg.get('load_options') or {})
-    content = read_weights(args.checkpoint, trust=options.pop('trust', False))
-    report, state = fit(model, content, args.checkpoint, **options)
-    model.load_state_dict(state, strict=False)
+    content = read_weights(args.checkpoint, trust=args.trust)
+    report, state = fit(model, content, args.checkpoint)
+    model.load_state_dict(state)
     backbone = model.backbone.eval()
     images = torch.randn(1, backbone.in_channels, 224, 320)
     before, size = outputs_and_size(backbone, images)

@@ -101,9 +101,9 @@ def use_test_time_augmentation(cfg, evaluator):
                 'are predicted and evaluated, masks are left out.'
             )
         roi_head.update(mask_head=None, mask_roi_extractor=None)
-        options = dict(cfg.get('load_options') or {})
-        ignored = [*options.get('ignore_unexpected', []), 'roi_head.mask_head.']
-        cfg.load_options = dict(options, ignore_unexpected=ignored)
+        loading = cli.loading_options(cfg)
+        ignored = loading.get('ignore_unexpected', [])
+        loading['ignore_unexpected'] = [*ignored, 'roi_head.mask_head.']
         evaluator.metric = 'bbox'
     cfg.tta_model.module = cfg.model
     cfg.model = cfg.tta_model

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 import sys
 
 # an image that cannot be read is an error: by its default timm counts another instead
@@ -12,12 +11,13 @@ try:
     import timm
     import torch
     from timm.data import create_dataset, create_transform, resolve_data_config
-    from timm.models import load_state_dict
     from torch.utils.data import DataLoader, Subset
     from tqdm import tqdm
 
     import overlock_mm.timm
     from overlock_mm import cli
+    from overlock_mm.checkpoint import fit, form_of, unwrap
+    from overlock_mm.weights_file import read_weights
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
@@ -38,8 +38,11 @@ def parse_args():
     )
     parser.add_argument(
         '--checkpoint',
-        help='file of a classifier, in training or deploy form; of several sets of '
-        'weights the moving average; default: download the released weights',
+        help='file or URL of a classifier, in training or deploy form; of several sets of '
+        'weights the moving average; default: the released weights, downloaded',
+    )
+    parser.add_argument(
+        '--trust', action='store_true', help='read the file even if it runs code'
     )
     parser.add_argument('--batch-size', type=_positive, default=64)
     parser.add_argument('--workers', type=int, default=4)
@@ -70,7 +73,9 @@ def main():
     args = parse_args()
     device = usable_device(args.device)
     dataset = image_folder(args.folder)
-    model = build_model(args.model, args.checkpoint)
+    checkpoint = args.checkpoint or timm.get_pretrained_cfg(args.model).url
+    cli.check_file(checkpoint, 'checkpoint')
+    model = build_model(args.model, checkpoint, args.trust)
     classes = len(dataset.reader.class_to_idx)
     if classes != model.num_classes:
         raise cli.UserError(
@@ -134,35 +139,16 @@ def image_folder(folder: str):
     return dataset
 
 
-def build_model(name: str, checkpoint: str | None):
+def build_model(name: str, checkpoint: str, trust: bool):
     """The model in evaluation mode, of the form and classes of its file."""
-    if checkpoint is None:
-        try:
-            return timm.create_model(name, pretrained=True).eval()
-        except OSError as error:
-            raise cli.UserError(
-                f'the weights of {name} could not be downloaded ({error}); give a file '
-                'with --checkpoint'
-            ) from error
-    if not os.path.isfile(checkpoint):
-        raise cli.UserError(f'checkpoint {checkpoint} does not exist; give a .pth file')
-    try:
-        state_dict = load_state_dict(checkpoint)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split('. ')[0].splitlines()[0]
-        raise cli.UserError(f'{checkpoint} is no checkpoint: {reason}') from error
-    if 'head.4.weight' not in state_dict:
+    content = read_weights(checkpoint, trust=trust)
+    _, state = unwrap(content, checkpoint)
+    if 'head.4.weight' not in state:
         raise cli.UserError(f'{checkpoint} has no head.4.weight, so it is no classifier')
-    model = timm.create_model(
-        name,
-        num_classes=len(state_dict['head.4.weight']),
-        deploy='blocks1.0.proj.1.lk_origin.bias' in state_dict,
-    )
-    try:
-        model.load_state_dict(overlock_mm.timm.checkpoint_filter_fn(state_dict, model))
-    except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:400]
-        raise cli.UserError(f'{checkpoint} does not fit {name}: {reason}') from error
+    classes, deploy = len(state['head.4.weight']), form_of(state).deploy
+    model = timm.create_model(name, num_classes=classes, deploy=deploy)
+    _, state = fit(model, content, checkpoint)
+    model.load_state_dict(state)
     return model.eval()
 
 

@@ -1,10 +1,9 @@
 # What both tasks share; default_scope and the visualizer come with the task's runtime.
 custom_imports = dict(
-    imports=['overlock_mm', 'overlock_mm.runner'], allow_failed_imports=False
+    imports=['overlock_mm', 'overlock_mm.hooks'], allow_failed_imports=False
 )
-# load_from must fit the model; load_options has the options of load_checkpoint
-runner_type = 'StrictRunner'
-load_options = dict()
+# load_from must fit the model; options of load_checkpoint go here
+default_hooks = dict(loading=dict(type='StrictLoadingHook'))
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

@@ -1,14 +1,14 @@
-"""Runners of mmengine whose load_from must fit."""
+"""mmengine's Runner with weights that must fit."""
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from test_checkpoint import Segmentor, changed
 from torch import nn
 
-from overlock_mm.runner import StrictRunner
+from overlock_mm.hooks import StrictLoadingHook
 from overlock_mm.weights_file import CheckpointError
 
 
@@ -16,11 +16,24 @@ class Untouched:
     """Nothing that a file of weights needs, and not on any list."""
 
 
-def runner(folder, model, load_from, hooks=None, **load_options):
-    cfg = Config(dict(runner_type='StrictRunner', load_options=load_options))
-    return StrictRunner(
-        model, str(folder), load_from=str(load_from), custom_hooks=hooks, cfg=cfg
+def runner(folder, model, load_from, hooks=None, **options):
+    loading = dict(type='StrictLoadingHook', **options)
+    return Runner(
+        model,
+        str(folder),
+        load_from=str(load_from),
+        default_hooks=dict(loading=loading),
+        custom_hooks=hooks,
+        cfg=Config(),
     )
+
+
+def load(folder, model, load_from, resume=False, **options):
+    loading = runner(folder, model, load_from, **options)
+    loading._resume = resume
+    loading.call_hook('before_run')
+    loading.load_or_resume()
+    return loading
 
 
 @pytest.fixture
@@ -31,13 +44,13 @@ def file(tmp_path):
 
 
 def test_it_is_registered():
-    assert RUNNERS.get('StrictRunner') is StrictRunner
+    assert HOOKS.get('StrictLoadingHook') is StrictLoadingHook
 
 
 def test_load_from(file, tmp_path):
     source, path = file
     model = Segmentor()
-    runner(tmp_path, model, path).load_or_resume()
+    load(tmp_path, model, path)
     torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
 
 
@@ -45,8 +58,10 @@ def test_what_does_not_fit(file, tmp_path):
     """Where mmengine's runner goes on."""
     _, path = file
     model = Segmentor(context_skip=True)
-    with pytest.raises(CheckpointError, match='h_proj.*context_skip=False.*load_options'):
-        runner(tmp_path, model, path).load_or_resume()
+    with pytest.raises(
+        CheckpointError, match='h_proj.*context_skip=False.*default_hooks.loading'
+    ):
+        load(tmp_path, model, path)
     Runner(model, str(tmp_path), load_from=str(path), cfg=Config()).load_or_resume()
 
 
@@ -55,41 +70,37 @@ def test_options(file, tmp_path):
     model = Segmentor(classes=7)
     before = model.decode_head.weight.clone()
     with pytest.raises(CheckpointError, match='ignore_mismatched'):
-        runner(tmp_path, model, path).load_or_resume()
+        load(tmp_path, model, path)
     options = dict(ignore_mismatched=['decode_head'])
-    strict = runner(tmp_path, model, path, **options)
-    strict.load_or_resume()
+    load(tmp_path, model, path, **options)
     assert torch.equal(model.decode_head.weight, before)
     # a training that is resumed has the same model, whatever it started from
-    strict._resume, strict._has_loaded = True, False
     with pytest.raises(CheckpointError, match='of another shape: decode_head'):
-        strict.load_or_resume()
+        load(tmp_path, model, path, resume=True, **options)
 
 
 def test_trust(file, tmp_path):
     source, path = file
     torch.save(dict(state_dict=source.state_dict(), extra=Untouched()), path)
-    with pytest.raises(CheckpointError, match='Untouched.*trust=True.*load_options'):
-        runner(tmp_path, Segmentor(), path).load_or_resume()
-    runner(tmp_path, Segmentor(), path, trust=True).load_or_resume()
+    with pytest.raises(
+        CheckpointError, match='Untouched.*trust=True.*default_hooks.loading'
+    ):
+        load(tmp_path, Segmentor(), path)
+    load(tmp_path, Segmentor(), path, trust=True)
 
 
 def test_weights_alone_cannot_be_resumed(file, tmp_path):
     source, path = file
     torch.save(source.state_dict(), path)
-    resuming = runner(tmp_path, Segmentor(), path)
-    resuming._resume = True
     with pytest.raises(CheckpointError, match='no state of a training to resume'):
-        resuming.load_or_resume()
+        load(tmp_path, Segmentor(), path, resume=True)
 
 
 def test_averaged_weights_start_from_the_file(file, tmp_path):
     source, path = file
     model = Segmentor()
-    strict = runner(tmp_path, model, path, hooks=[dict(type='EMAHook')])
-    strict.call_hook('before_run')
-    strict.load_or_resume()
-    (ema,) = (h for h in strict.hooks if type(h).__name__ == 'EMAHook')
+    loaded = load(tmp_path, model, path, hooks=[dict(type='EMAHook')])
+    (ema,) = (h for h in loaded.hooks if type(h).__name__ == 'EMAHook')
     averaged = ema.ema_model.module.state_dict()
     torch.testing.assert_close(averaged, source.state_dict(), rtol=0, atol=0)
 
@@ -97,5 +108,5 @@ def test_averaged_weights_start_from_the_file(file, tmp_path):
 def test_other_models_load_as_in_mmengine(tmp_path):
     torch.save(dict(state_dict=dict(weight=torch.ones(1, 1))), tmp_path / 'w.pth')
     model = nn.Linear(1, 1)
-    runner(tmp_path, model, tmp_path / 'w.pth').load_or_resume()
+    load(tmp_path, model, tmp_path / 'w.pth')
     assert model.weight.item() == 1

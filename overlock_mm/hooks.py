@@ -1,0 +1,86 @@
+"""A hook of mmengine's Runner; apart from the package's own imports as it needs OpenCV."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from .checkpoint import fit
+from .models import OverLoCK
+from .weights_file import CheckpointError, read_weights
+
+
+@HOOKS.register_module()
+class StrictLoadingHook(Hook):
+    """Have ``load_from`` and ``resume`` of a config load as ``load_checkpoint`` does.
+
+    mmengine loads what fits, only logs the rest, and unpickles anything. With this hook
+    a model with an :class:`OverLoCK` gets a report, and an error if the file does not
+    fit it; other models load as in mmengine. In a config::
+
+        custom_imports = dict(imports=['overlock_mm.hooks'])
+        default_hooks = dict(loading=dict(type='StrictLoadingHook'))
+
+    Args:
+        prefix: as all of them an option of :func:`overlock_mm.load_checkpoint`. What is
+            resumed has the same model, so for it only ``trust`` counts.
+        strict: fail if the file does not fit.
+        ignore_mismatched: begins of names of entries that may have other shapes.
+        ignore_unexpected: begins of names of entries of the file to pass over.
+        trust: read files that hold more than weights and plain data.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(
+        self,
+        prefix: str | None = None,
+        strict: bool = True,
+        ignore_mismatched: Sequence[str] = (),
+        ignore_unexpected: Sequence[str] = (),
+        trust: bool = False,
+    ):
+        self.trust = trust
+        self.options = dict(
+            prefix=prefix,
+            strict=strict,
+            ignore_mismatched=ignore_mismatched,
+            ignore_unexpected=ignore_unexpected,
+        )
+
+    def before_run(self, runner: Runner) -> None:
+        """Take the place of the runner's own loading, which no hook comes before."""
+        model = runner.model
+        # of distributed training, of augmented testing
+        while not hasattr(model, 'backbone') and isinstance(
+            getattr(model, 'module', None), nn.Module
+        ):
+            model = model.module
+        if isinstance(getattr(model, 'backbone', None), OverLoCK):
+            runner.load_checkpoint = partial(self._load, runner, model)
+
+    def _load(self, runner, model, filename: str, map_location='cpu') -> dict:
+        """What ``Runner.load_checkpoint`` does."""
+        resuming = runner._resume
+        try:
+            checkpoint = read_weights(filename, map_location, self.trust)
+            options = {} if resuming else self.options
+            report, state = fit(model, checkpoint, filename, **options)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f'{error} (options of loading go into default_hooks.loading of the config)'
+            ) from error
+        checkpoint = dict(checkpoint) if report.key else {}
+        if resuming and 'meta' not in checkpoint:
+            raise CheckpointError(
+                f'{filename} holds weights alone, and no state of a training to resume; '
+                'give it as load_from'
+            )
+        checkpoint['state_dict'] = state
+        runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'], strict=False)
+        runner._has_loaded = True
+        return checkpoint
