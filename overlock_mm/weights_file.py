@@ -1,6 +1,7 @@
 """Reading a file of weights: from a path or a URL, without running what is in it."""
 
 import argparse
+import codecs
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import pickle
 import re
 import tempfile
 import urllib.request
+from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.error import URLError
@@ -18,9 +20,20 @@ import torch
 from mmengine.logging import HistoryBuffer
 from tqdm import tqdm
 
-_TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
+# From torch 2.6 on, torch.load itself reads what is on a list, and nothing else.
+_HAS_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 # Seconds without a byte after which a download has stalled.
 _TIMEOUT = 30
+# What pickled tensors are made of; storages torch finds by itself.
+_TENSOR_PARTS = (
+    OrderedDict,
+    torch.Size,
+    torch.device,
+    torch.nn.Parameter,
+    torch._utils._rebuild_tensor_v2,
+    torch._utils._rebuild_parameter,
+    codecs.encode,
+)
 _UNTRUSTED = re.compile(r'(?:GLOBAL|global|class) (\S+?),? (?:was not|is not|whose)')
 
 
@@ -74,6 +87,8 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
     if path.suffix == '.safetensors':
         return _read_safetensors(path, map_location)
     try:
+        if not trust and not _HAS_LIST:
+            return torch.load(path, map_location, _PlainPickle, weights_only=False)
         with nullcontext() if trust else plain_data_allowed():
             return torch.load(path, map_location, weights_only=not trust)
     except (pickle.UnpicklingError, _Refused) as error:
@@ -93,11 +108,32 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
 def plain_data_allowed():
     """A context in which ``torch.load`` reads the plain data that checkpoints hold.
 
-    Before torch 2.6 there is no such list: only tensors and containers of them are read.
+    Before torch 2.6 it changes nothing.
     """
-    if _TORCH < (2, 6):
+    if not _HAS_LIST:
         return nullcontext()
     return torch.serialization.safe_globals(_allowed())
+
+
+class _PlainPickle:
+    """In place of the module ``pickle``, for torch before 2.6: reads plain data alone."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            module = module.replace('__builtin__', 'builtins')
+            allowed = {f'{o.__module__}.{o.__qualname__}': o for o in _TENSOR_PARTS}
+            for item in _allowed():
+                item, full = item if isinstance(item, tuple) else (item, None)
+                allowed[full or f'{item.__module__}.{item.__qualname__}'] = item
+            if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if f'{module}.{name}' not in allowed:
+                raise _Refused(f'{module}.{name}')
+            return allowed[f'{module}.{name}']
+
+    @classmethod
+    def load(cls, file, **kwargs):
+        return cls.Unpickler(file, **kwargs).load()
 
 
 def _read_safetensors(path, map_location):

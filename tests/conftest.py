@@ -1,11 +1,13 @@
 """Small inputs that several test files share."""
 
+import logging
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 if not torch.cuda.is_available():
     # before anything imports triton: its kernels then run on the CPU
@@ -22,6 +24,17 @@ def demo_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp('demo')
     make_demo_data(folder / 'data' / 'demo', train=6, val=2, size=96)
     return folder
+
+
+@pytest.fixture
+def log():
+    """What mmengine's logger has printed, as a list of messages."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
 
 
 def tool(name):

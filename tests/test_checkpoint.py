@@ -51,10 +51,10 @@ def test_names_of_a_distributed_model(tmp_path):
     assert_loaded(model, state, fresh=('extra_norm.',))
 
 
-def test_the_log_says_what_was_initialised_how(tmp_path, capfd):
+def test_the_log_says_what_was_initialised_how(tmp_path, log):
     model = load(tmp_path / 'w.pth', classifier_state(tiny()))
-    printed = capfd.readouterr().out.split(' - torch.Size')
-    said = {a.split()[-1]: b for a, b in zip(printed, printed[1:], strict=False)}
+    said = dict(text.split(' - ', 1) for text in log if 'torch.Size' in text)
+    said = {name.strip(): text for name, text in said.items()}
     assert set(said) == dict(model.named_parameters()).keys()
     for name, text in said.items():
         fresh = name.startswith('extra_norm.')
@@ -304,7 +304,7 @@ def test_unexpected_entries_to_ignore(tmp_path):
     assert report.complete and ['neck.weight'] in report.absent.values()
 
 
-def test_not_strict_must_be_asked_for(tmp_path, capfd):
+def test_not_strict_must_be_asked_for(tmp_path, log):
     path = tmp_path / 'w.pth'
     torch.save(without(changed(tiny()).state_dict(), 'blocks3.0.dwconv.bias'), path)
     model = tiny()
@@ -313,6 +313,7 @@ def test_not_strict_must_be_asked_for(tmp_path, capfd):
     assert torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
     report = load_checkpoint(model, path, strict=False)
     assert report.missing == ['blocks3.0.dwconv.bias'] and not report.complete
+    assert '1 missing from the file  blocks3.0.dwconv.bias' in log[-1]
     assert not torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
 
 
