@@ -17,7 +17,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['overlock_mm', 'overlock_mm.*']),
     python_requires='>=3.10',
-    install_requires=['torch>=2.1', 'timm>=1.0'],
+    install_requires=['torch>=2.1', 'timm>=1.0', 'filelock', 'tqdm'],
     # The two toolbox families own the same import names: install one of them. mmcv is
     # left to the user, because its ops must be compiled against the installed torch.
     extras_require={

@@ -16,7 +16,7 @@ from .checkpoint import fit
 from .models.overlock import PARTS_FROM, OverLoCK, init_weights
 from .weights_file import plain_data_allowed
 
-__all__ = ['OverLoCKClassifier']
+__all__ = ['AuxiliaryLoss', 'OverLoCKClassifier']
 
 _HEAD_WIDTH = 1024
 _CLASSIFIERS = ('head.4', 'aux_head.2')
@@ -40,6 +40,7 @@ class OverLoCKClassifier(OverLoCK):
         drop_rate: dropout rate in front of the main classifier.
         drop_path_rate: stochastic depth rate of the last block.
         deploy: build the deploy form.
+        aux_head: build the auxiliary head; without it, training too returns one tensor.
 
     Attributes:
         feature_info: channels, stride and module of the four maps.
@@ -57,6 +58,7 @@ class OverLoCKClassifier(OverLoCK):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         deploy: bool = False,
+        aux_head: bool = True,
     ):
         super().__init__(
             arch,
@@ -69,6 +71,7 @@ class OverLoCKClassifier(OverLoCK):
         self.extra_norm = nn.ModuleList(nn.Identity() for _ in channels)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
+        self.has_aux_head = aux_head
         self.num_classes = num_classes
         self.feature_info = [
             dict(num_chs=c, reduction=s, module=f'extra_norm.{i}')
@@ -94,7 +97,8 @@ class OverLoCKClassifier(OverLoCK):
 
         Returns:
             The logits ``(N, num_classes)``; in training the main and the auxiliary
-            ones. Without classes only the features, ``(N, 1024)``, in training too.
+            ones, for :class:`AuxiliaryLoss`. Without classes only the features,
+            ``(N, 1024)``, in training too.
         """
         deepest = self.out_indices[-1]
         maps, overview = self._encode(x, deepest)
@@ -214,7 +218,7 @@ class OverLoCKClassifier(OverLoCK):
         self.aux_head = fresh
 
     def _make_aux_head(self) -> nn.Sequential | None:
-        if not self.num_classes:
+        if not self.num_classes or not self.has_aux_head:
             return None
         dim = self.high_level_proj.in_channels
         head = nn.Sequential(
@@ -256,6 +260,27 @@ class OverLoCKClassifier(OverLoCK):
                 (r'^patch_embedx\.', (4, 0)),
             ]
         return dict(stem=r'^patch_embed1\.', base=base, focus=focus)
+
+
+class AuxiliaryLoss(nn.Module):
+    """A loss of main and auxiliary logits, for any loss of logits.
+
+    Args:
+        criterion: takes logits ``(N, C)`` and targets, returns a scalar.
+        weight: of the auxiliary loss; 0.4 is that of the released training script.
+    """
+
+    def __init__(self, criterion: nn.Module, weight: float = 0.4):
+        super().__init__()
+        self.criterion = criterion
+        self.weight = weight
+
+    def forward(self, output: Tensor | tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        """Compute the loss of what :class:`OverLoCKClassifier` returns."""
+        if isinstance(output, Tensor):
+            return self.criterion(output, target)
+        main, aux = output
+        return self.criterion(main, target) + self.weight * self.criterion(aux, target)
 
 
 def _classifier(dim: int, num_classes: int) -> nn.Module:

@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from filelock import FileLock
 from mmengine.logging import HistoryBuffer
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from tqdm import tqdm
 _HAS_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 # Seconds without a byte after which a download has stalled.
 _TIMEOUT = 30
+# The begin of a file's SHA-256 in its name, as torch.hub has it.
+_CHECKSUM = re.compile(r'-([0-9a-f]{8,64})\.')
 # What pickled tensors are made of; storages torch finds by itself.
 _TENSOR_PARTS = (
     OrderedDict,
@@ -211,15 +214,13 @@ def _statistic(owner, name: str):
     return getattr(HistoryBuffer, name)
 
 
-def download(url: str, sha256: str | None = None) -> Path:
+def download(url: str) -> Path:
     """Download a file to torch hub's cache, unless it is there, and return its path.
 
     It gets its name only when it is complete, so an interrupted download leaves
-    nothing that a later run could take for the file.
-
-    Args:
-        url: the address.
-        sha256: the begin of the file's SHA-256, checked if it is given.
+    nothing that a later run could take for the file. Of several processes one
+    downloads. Where the name of the file ends in the begin of its SHA-256, as in
+    ``resnet50-0676ba61.pth``, that is checked.
 
     Raises:
         CheckpointError: if it cannot be downloaded whole, with the path at which a
@@ -229,6 +230,13 @@ def download(url: str, sha256: str | None = None) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f'.{target.name}.lock')):
+        if not target.exists():
+            _download(url, target)
+    return target
+
+
+def _download(url, target):
     handle, partial = tempfile.mkstemp(dir=target.parent, suffix='.partial')
     digest, done = hashlib.sha256(), 0
     try:
@@ -246,9 +254,10 @@ def download(url: str, sha256: str | None = None) -> Path:
                     bar.update(len(block))
         if size and done != size:
             raise URLError(f'it ended after {done} of {size} bytes')
-        if sha256 and not digest.hexdigest().startswith(sha256):
+        known = _CHECKSUM.search(target.name)
+        if known and not digest.hexdigest().startswith(known[1]):
             raise URLError(
-                f'its SHA-256 is {digest.hexdigest()[:16]}... and not {sha256}...'
+                f'its SHA-256 is {digest.hexdigest()[:16]}... and not {known[1]}...'
             )
         os.replace(partial, target)
     except (OSError, URLError) as error:
@@ -260,4 +269,3 @@ def download(url: str, sha256: str | None = None) -> Path:
     finally:
         if os.path.exists(partial):
             os.remove(partial)
-    return target

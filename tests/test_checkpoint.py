@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import http.server
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -429,8 +430,10 @@ def test_safetensors(tmp_path):
 
 class Server(http.server.BaseHTTPRequestHandler):
     content = b''
+    requests = []
 
     def do_GET(self):
+        self.requests.append(self.path)
         if self.path == '/moved.pth':
             self.send_response(302)
             self.send_header('Location', '/weights.pth')
@@ -457,6 +460,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     torch.save(classifier_state(tiny()), tmp_path / 'source.pth')
     monkeypatch.setattr(Server, 'content', (tmp_path / 'source.pth').read_bytes())
+    monkeypatch.setattr(Server, 'requests', [])
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
     monkeypatch.setattr(weights_file, '_TIMEOUT', 0.5)
     monkeypatch.setenv('no_proxy', '127.0.0.1')
@@ -468,13 +472,17 @@ def server(tmp_path, monkeypatch):
         running.shutdown()
 
 
+def files(folder):
+    return [path for path in folder.iterdir() if path.suffix != '.lock']
+
+
 @pytest.mark.parametrize('name', ['weights.pth', 'moved.pth'])
 def test_download(tmp_path, server, name, monkeypatch):
     model = OverLoCK(TINY, init_cfg=dict(type='Pretrained', checkpoint=f'{server}/{name}'))
     model.init_weights()
     assert torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
     cached = tmp_path / 'hub/checkpoints' / name
-    assert cached.read_bytes() == Server.content and len(list(cached.parent.iterdir())) == 1
+    assert cached.read_bytes() == Server.content and files(cached.parent) == [cached]
     monkeypatch.setattr(Server, 'content', b'changed')
     assert download(f'{server}/{name}').read_bytes() != b'changed'  # from the cache
 
@@ -492,11 +500,17 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, server, name, reason):
         load_checkpoint(tiny(), f'{server}/{name}')
     folder = tmp_path / 'hub/checkpoints'
     assert f'place it at {folder / name}' in str(error.value)
-    assert list(folder.iterdir()) == []
+    assert files(folder) == []
 
 
-def test_checksum(tmp_path, server):
+def test_checksum(server):
     right = hashlib.sha256(Server.content).hexdigest()
-    with pytest.raises(CheckpointError, match=f'SHA-256 is {right[:16]}.* not 00ff'):
-        download(f'{server}/weights.pth', sha256='00ff')
-    assert download(f'{server}/weights.pth', sha256=right[:8]).exists()
+    with pytest.raises(CheckpointError, match=f'SHA-256 is {right[:16]}.* not 00112233'):
+        download(f'{server}/weights-00112233.pth')
+    assert download(f'{server}/weights-{right[:8]}.pth').exists()
+
+
+def test_several_processes_download_once(server):
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(download, [f'{server}/weights.pth'] * 4))
+    assert len(paths) == 1 and Server.requests.count('/weights.pth') == 1

@@ -1,21 +1,25 @@
 """The classifier and its timm interface, checked as timm checks its own models."""
 
+import argparse
 import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from test_overlock import TINY, image, randomised, relative_error
 from test_parity import filled
+from timm.loss import SoftTargetCrossEntropy
 from timm.models import group_parameters
+from timm.task import ClassificationTask
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import overlock_mm.timm
 from overlock_mm import OverLoCK, fold
-from overlock_mm.timm import OverLoCKClassifier
+from overlock_mm.timm import AuxiliaryLoss, OverLoCKClassifier
 
 MODELS = ['overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b']
 MANIFEST = json.loads((Path(__file__).parent / 'parity/manifest.json').read_text())
@@ -207,6 +211,31 @@ def test_pretrained(tiny_arch, tmp_path, wrapper, deploy):
     assert filtered.keys() == source.state_dict().keys()
 
 
+@pytest.mark.parametrize('kind', ['file', 'url'])
+def test_pretrained_file_of_a_training_script(tiny_arch, tmp_path, monkeypatch, kind):
+    """It holds arguments and a metric beside last and averaged weights."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    source, overlay = weights_file(tmp_path)
+    averaged = {k: v + 1 for k, v in source.state_dict().items()}
+    content = dict(state_dict=source.state_dict(), state_dict_ema=averaged)
+    content |= dict(args=argparse.Namespace(lr=1e-3), metric=np.float64(84.2), epoch=300)
+    torch.save(content, overlay['file'])
+    if kind == 'url':
+        overlay = dict(url=Path(overlay['file']).as_uri())
+    loaded = timm.create_model(tiny_arch, True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(loaded.head[4].bias, averaged['head.4.bias'])
+
+
+def test_pretrained_training_file_in_deploy_form(tiny_arch, tmp_path):
+    source, overlay = weights_file(tmp_path)
+    loaded = timm.create_model(
+        tiny_arch, True, deploy=True, pretrained_cfg_overlay=overlay
+    ).eval()
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(loaded(x), source(x)) < 1e-5
+
+
 @pytest.mark.parametrize('num_classes', [0, 10])
 def test_pretrained_with_other_classes(tiny_arch, tmp_path, num_classes):
     source, overlay = weights_file(tmp_path)
@@ -292,6 +321,35 @@ def test_num_classes_0():
             full(x), features @ full.head[4].weight.flatten(1).T + full.head[4].bias
         )
         assert torch.equal(full.forward_head(maps), full(x))
+
+
+def test_without_auxiliary_head(tiny_arch, tmp_path):
+    source, overlay = weights_file(tmp_path)
+    model = timm.create_model(
+        tiny_arch, True, aux_head=False, pretrained_cfg_overlay=overlay
+    ).train()
+    assert model(image(2, 3, 64, 64)).shape == (2, 1000)
+    assert torch.equal(model.head[4].weight, source.head[4].weight)
+    model.reset_classifier(3)
+    assert model(image(2, 3, 64, 64)).shape == (2, 3)
+    assert not any(k.startswith('aux_head') for k in model.state_dict())
+
+
+def test_auxiliary_loss():
+    """In timm's own training task, with the soft targets of mixup."""
+    model = tiny().train()
+    x, target = image(2, 3, 64, 64), torch.rand(2, 5).softmax(1)
+    criterion = SoftTargetCrossEntropy()
+    task = ClassificationTask(copy.deepcopy(model), AuxiliaryLoss(criterion))
+    result = task(x, target)
+    main, auxiliary = model(x)
+    expected = criterion(main, target) + 0.4 * criterion(auxiliary, target)
+    torch.testing.assert_close(result['loss'], expected)
+    torch.testing.assert_close(
+        AuxiliaryLoss(criterion)(main, target), criterion(main, target)
+    )
+    double = AuxiliaryLoss(criterion, weight=1.0)((main, main), target)
+    torch.testing.assert_close(double, 2 * criterion(main, target))
 
 
 def test_reset_classifier():

@@ -57,9 +57,10 @@ def main():
     model.load_state_dict(state)
     backbone = model.backbone.eval()
     images = torch.randn(1, backbone.in_channels, 224, 320)
-    before, size = outputs_and_size(backbone, images)
-    backbone.switch_to_deploy()
-    after, merged_size = outputs_and_size(backbone, images)
+    with torch.no_grad():
+        before, size = backbone(images), size_of(model)
+        backbone.switch_to_deploy()
+        after, merged_size = backbone(images), size_of(model)
     error = max(
         ((b - a).norm() / a.norm()).item() for a, b in zip(before, after, strict=True)
     )
@@ -75,15 +76,20 @@ def main():
     write_weights(dict(meta=meta, state_dict=model.state_dict()), out)
     cfg.dump(config)
     print(
-        f'Merged: outputs on random input agree to {error:.1e}; the backbone has '
-        f'{merged_size / 1e6:.2f}M parameters, before {size / 1e6:.2f}M. '
-        f'Wrote {out} ({out.stat().st_size / 2**20:.1f} MiB) and {config}.'
+        f'Merged: outputs on random input agree to {error:.1e}. The model has '
+        f'{merged_size[0] / 1e6:.2f}M parameters, before {size[0] / 1e6:.2f}M; in bytes '
+        f'{merged_size[1] / 2**20:.1f} MiB, before {size[1] / 2**20:.1f} MiB. '
+        f'Wrote {out} and {config}.'
     )
 
 
-def outputs_and_size(backbone, images):
-    with torch.no_grad():
-        return backbone(images), sum(p.numel() for p in backbone.parameters())
+def size_of(model):
+    """Number of parameters, and bytes of all that a checkpoint has of the model."""
+    state = model.state_dict().values()
+    return (
+        sum(p.numel() for p in model.parameters()),
+        sum(v.numel() * v.element_size() for v in state),
+    )
 
 
 if __name__ == '__main__':
