@@ -163,13 +163,13 @@ def write_weights(content: dict, path: str | Path) -> None:
     partial = path.with_name(f'{path.stem}.partial{path.suffix}')
     try:
         if path.suffix == '.safetensors':
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
             # a copy each: the format knows no shared storage
             tensors = {k: v.detach().clone() for k, v in content['state_dict'].items()}
             tensors = {k: v.contiguous() for k, v in tensors.items()}
             meta = json.dumps(content.get('meta', {}), default=str)
-            save_file(tensors, partial, metadata=dict(format='pt', meta=meta))
+            partial.write_bytes(save(tensors, dict(format='pt', meta=meta)))
         else:
             torch.save(content, partial)
         os.replace(partial, path)

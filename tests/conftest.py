@@ -27,11 +27,11 @@ def demo_data(tmp_path_factory):
 
 
 @pytest.fixture
-def log():
+def log(request):
     """What mmengine's logger has printed, as a list of messages."""
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
+    logger = MMLogger.get_instance(request.node.nodeid)  # the current one from here on
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
