@@ -13,8 +13,8 @@ from .weights_file import CheckpointError, read_weights
 
 # Where a checkpoint has its weights; of averaged and last ones, the averaged ones.
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'model')
-# Prefixes of names in distributed and in compiled models.
-_MODULE = re.compile(r'^(?:module\.|_orig_mod\.)+')
+# Parts of names that distributed and compiled models add.
+_MODULE = re.compile(r'(?:^|(?<=backbone\.))(?:module\.|_orig_mod\.)+')
 # What an ImageNet classifier holds beside the backbone, and what the dense form adds.
 _CLASSIFIER = ('head.', 'aux_head.')
 _DENSE_ONLY = ('extra_norm.', 'h_proj.')
@@ -57,6 +57,7 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     absent: dict[str, list[str]] = field(default_factory=dict)  # by the reason
     ignored: dict[str, Tensor] = field(default_factory=dict)  # as in the file
+    ignored_for: str = 'left out, as ignore_mismatched says'
     unexpected: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -71,7 +72,7 @@ class LoadReport:
             (f'absent as expected: {why}', names) for why, names in self.absent.items()
         ]
         rows += [
-            ('left out, as ignore_mismatched says', list(self.ignored)),
+            (f'of another shape: {self.ignored_for}', list(self.ignored)),
             ('unexpected: not in the model', self.unexpected),
             ('missing from the file', self.missing),
             ('of another shape', self.mismatched),
@@ -126,10 +127,10 @@ def load_checkpoint(
         map_location: where the tensors of the file go first.
 
     Raises:
-        CheckpointError: if the file does not fit, or cannot be had or read.
-        FileNotFoundError: if there is no such file.
-        ValueError: if the model has no OverLoCK, or a folded one.
+        CheckpointError: if the file does not fit, or cannot be had or read, or the model
+            has no OverLoCK, or one that is folded or compiled.
     """
+    model = unwrapped(model)
     content = read_weights(source, map_location, trust)
     report, state = fit(
         model, content, source, prefix, strict, ignore_mismatched, ignore_unexpected
@@ -159,16 +160,20 @@ def fit(
     """
     backbone = getattr(model, 'backbone', model)
     if not hasattr(backbone, 'absent_parts'):
-        raise ValueError(
+        raise CheckpointError(
             f'{type(model).__name__} is no OverLoCK, and its backbone is none; '
             'load_checkpoint loads into models with one'
         )
     if backbone.folded:
-        raise ValueError('a folded OverLoCK takes no checkpoint: load first, then fold')
+        raise CheckpointError('a folded OverLoCK takes no weights: load first, then fold')
+    if isinstance(getattr(backbone, '_orig_mod', None), nn.Module):
+        raise CheckpointError('a compiled backbone takes no weights: load, then compile')
+    ignore_mismatched = _begins('ignore_mismatched', ignore_mismatched)
+    ignore_unexpected = _begins('ignore_unexpected', ignore_unexpected)
     key, state = unwrap(content, source)
     own = dict(model.state_dict())
     at = '' if model is backbone else 'backbone.'
-    state, others = _select(state, prefix, at)
+    state, others, bare = _select(state, prefix, at, source)
     report = LoadReport(str(source), key, form_of(state, at), form_of(own, at))
     if others:
         report.absent['parts of another model around the backbone'] = others
@@ -182,7 +187,7 @@ def fit(
             if k not in own and k.startswith(tuple(at + p for p in _CLASSIFIER))
         ],
         'as ignore_unexpected says': [
-            k for k in state if k not in own and k.startswith(tuple(ignore_unexpected))
+            k for k in state if k not in own and k.startswith(ignore_unexpected)
         ],
         'what out_indices leaves out': [
             k for k in state if k.startswith(tuple(at + p for p in backbone.absent_parts()))
@@ -193,25 +198,35 @@ def fit(
             report.absent[why] = names
             state = {k: v for k, v in state.items() if k not in set(names)}
     dense = tuple(at + p for p in _DENSE_ONLY)
-    fresh = [k for k in own if k.startswith(dense) and k not in state]
-    if fresh and not any(k.startswith(dense) for k in state):  # a dense file has them all
-        report.absent['the output norms of the dense form start fresh'] = fresh
-        own = {k: v for k, v in own.items() if k not in set(fresh)}
+    fresh = {
+        'the output norms of the dense form start fresh': [
+            k for k in own if k.startswith(dense) and k not in state
+        ],
+        'counters of batches, which old files lack': [
+            k for k in own if k.endswith('.num_batches_tracked') and k not in state
+        ],
+    }
+    if at and not bare or any(k.startswith(dense) for k in state):
+        del fresh['the output norms of the dense form start fresh']  # it should have them
+    for why, names in fresh.items():
+        if names:
+            report.absent[why] = names
+            own = {k: v for k, v in own.items() if k not in set(names)}
 
     for name, tensor in own.items():
         if name not in state:
             report.missing.append(name)
         elif state[name].shape == tensor.shape:
             report.loaded.append(name)
-        elif name.startswith(tuple(ignore_mismatched)):
+        elif name.startswith(ignore_mismatched):
             report.ignored[name] = state[name]
         else:
             shapes = f'file {tuple(state[name].shape)}, model {tuple(tensor.shape)}'
             report.mismatched.append(f'{name} ({shapes})')
     report.unexpected += [k for k in state if k not in own]
     print_log(str(report), logger=logger)
-    if strict and not report.complete:
-        raise CheckpointError(_complaint(report, at))
+    if strict and not report.complete or not report.loaded:
+        raise CheckpointError(_complaint(report, at, bare))
     return report, {k: state[k] for k in report.loaded}
 
 
@@ -222,10 +237,20 @@ def unwrap(content, source: str) -> tuple[str, dict[str, Tensor]]:
         CheckpointError: if there is no state dict in it.
     """
     held = content if isinstance(content, dict) else {}
+    found = []
     for key, inner in (*((k, held.get(k)) for k in _WRAPPERS), ('', held)):
-        if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
-            tensors = {k: v for k, v in inner.items() if torch.is_tensor(v)}
-            return key, {_MODULE.sub('', k): v for k, v in tensors.items()}
+        if not isinstance(inner, dict):
+            continue
+        tensors = {
+            _MODULE.sub('', k): v
+            for k, v in inner.items()
+            if isinstance(k, str) and torch.is_tensor(v)
+        }
+        if tensors:
+            found.append((key, tensors))
+    if found:  # beside averaged weights there may be tensors that are none
+        ours = (f for f in found if any('patch_embed1.' in k for k in f[1]))
+        return next(ours, found[0])
     what = f'a {type(content).__name__}'
     if isinstance(content, dict):
         what = f'a dict with {_first(list(map(str, content))) or "nothing in it"}'
@@ -235,18 +260,41 @@ def unwrap(content, source: str) -> tuple[str, dict[str, Tensor]]:
     )
 
 
-def _select(state, prefix, at):
-    """Entries under the model's names, and the names of the others."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in distributed, compiled, or augmented ones."""
+    for name in ('_orig_mod', 'module'):
+        inner = model._modules.get(name)
+        if inner is not None:
+            return unwrapped(inner)
+    return model
+
+
+def _begins(option, names):
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if not all(names):
+        raise CheckpointError(f'{option}={names} has an empty name, which is in any other')
+    return names
+
+
+def _select(state, prefix, at, source):
+    """Entries under the model's names, names of the others, whether the file has no more.
+
+    The last is about a model around a backbone, and a file of a backbone alone.
+    """
     if prefix is None:
         inside = any(k.startswith('backbone.patch_embed1.') for k in state)
         prefix = 'backbone.' if inside and not at else ''
     prefix = f'{prefix.rstrip(".")}.' if prefix else ''
-    # a file of a bare backbone, for a model around one
-    add = at if any(k.startswith(f'{prefix}patch_embed1.') for k in state) else ''
     others = [k for k in state if not k.startswith(prefix)]
-    return {
-        add + k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
-    }, others
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not state:
+        begins = sorted({k.partition('.')[0] for k in others})
+        raise CheckpointError(
+            f'{source} has no entry that begins with prefix={prefix!r}; its entries begin '
+            f'with {_first(begins)}'
+        )
+    bare = at != '' and any(k.startswith('patch_embed1.') for k in state)
+    return {(at if bare else '') + k: v for k, v in state.items()}, others, bare
 
 
 def _is_deploy(state, at) -> bool:
@@ -265,7 +313,10 @@ def form_of(state: dict[str, Tensor], at: str = '') -> Form:
     own = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
 
     def sizes(axis, *names):
-        return tuple(own[n].shape[axis] if n in own else None for n in names)
+        held = (own.get(n) for n in names)
+        return tuple(
+            None if v is None or not v.ndim else v.shape[axis] or None for v in held
+        )
 
     def depths(*parts):
         found = ({k.split('.')[1] for k in own if k.startswith(f'{p}.')} for p in parts)
@@ -300,23 +351,27 @@ def form_of(state: dict[str, Tensor], at: str = '') -> Form:
 
 def _merged(state):
     """A state dict in training form, with the dilated branches merged."""
-    from .models.layers import DilatedReparamBlock
+    from .models.layers import DILATED_BRANCHES, DilatedReparamBlock
 
     merged = dict(state)
     for name, kernel in state.items():
         if not name.endswith('.lk_origin.weight'):
             continue
+        if kernel.ndim != 4 or kernel.shape[-1] not in DILATED_BRANCHES:
+            continue  # told as of another shape
         place = name.removesuffix('lk_origin.weight')
-        block = DilatedReparamBlock(len(kernel), kernel.shape[-1]).to(kernel.dtype)
-        if all(place + k in state for k in block.state_dict()):  # else: told as missing
-            names = [k for k in state if k.startswith(place)]
-            block.load_state_dict({k.removeprefix(place): merged.pop(k) for k in names})
+        block = DilatedReparamBlock(len(kernel), kernel.shape[-1])
+        # half precision would be rounded twice
+        block.to(torch.promote_types(kernel.dtype, torch.float32))
+        shapes = {place + k: v.shape for k, v in block.state_dict().items()}
+        if all(k in state and state[k].shape == v for k, v in shapes.items()):
+            block.load_state_dict({k.removeprefix(place): merged.pop(k) for k in shapes})
             block.switch_to_deploy()
             merged.update({place + k: v for k, v in block.state_dict().items()})
     return merged
 
 
-def _complaint(report, at) -> str:
+def _complaint(report, at, bare) -> str:
     problems = {
         'missing from the file': report.missing,
         'not in the model': report.unexpected,
@@ -325,7 +380,7 @@ def _complaint(report, at) -> str:
     return (
         f'{report.source} does not fit this model, nothing was loaded. '
         f'{_listed(problems)}. The file is {report.file_form}; '
-        f'the model is {report.model_form}. {_advice(report, at)}'
+        f'the model is {report.model_form}. {_advice(report, at, bare)}'
     )
 
 
@@ -336,13 +391,26 @@ def _listed(problems: dict[str, list[str]]) -> str:
     )
 
 
-def _advice(report, at) -> str:
+def _advice(report, at, bare) -> str:
     """The options that reconcile file and model, if there are any."""
     file, model = report.file_form, report.model_form
     if not file.arch:
         return 'Give a file of OverLoCK, or prefix= if its entries have one.'
+    heads = [n for n in report.missing if at and not n.startswith(at)]
+    if bare and heads:
+        return (
+            'It is a backbone alone, which goes into init_cfg=dict(type="Pretrained", '
+            'checkpoint=...) of the backbone.'
+        )
+    if heads and any(not n.startswith(at) for n in report.unexpected):
+        return (
+            'It is of a model with other heads. Its backbone alone goes into '
+            'init_cfg=dict(type="Pretrained", checkpoint=..., prefix="backbone.") of the '
+            f'backbone{_OPTION[file.task]}.'
+        )
     advice = []
-    if file.arch != model.arch:
+    partial = isinstance(file.arch, dict) and None in sum(file.arch.values(), ())
+    if file.arch != model.arch and not partial:
         advice.append(f'arch={file.arch!r}')
     if file.task != model.task and file.task != 'classification':
         advice.append(f'{_OPTION[file.task].strip(" ()")}, for a {file.task} file')

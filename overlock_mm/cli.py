@@ -41,6 +41,8 @@ def build_model(cfg):
     """The detector or segmentor of a config."""
     from mmengine.registry import MODELS, init_default_scope
 
+    if 'model' not in cfg:
+        raise UserError(f'{cfg.filename} has no model; give the config of one')
     toolbox = importlib.import_module(f'{cfg.default_scope}.utils')
     toolbox.register_all_modules(init_default_scope=False)
     init_default_scope(cfg.default_scope)
@@ -58,8 +60,9 @@ def build_runner(cfg):
 
 def loading_options(cfg) -> dict:
     """The config's entry for loading, as it is or as it is by default."""
-    hooks = cfg.setdefault('default_hooks', {})
-    return hooks.setdefault('loading', dict(type='StrictLoadingHook'))
+    loading = cfg.setdefault('default_hooks', {}).setdefault('loading', {})
+    loading.setdefault('type', 'StrictLoadingHook')
+    return loading
 
 
 def is_main_process() -> bool:
@@ -141,6 +144,8 @@ def load_config(config: str, options: dict | None = None):
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
         raise UserError(f'config {path} does not exist; {hint}')
+    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
+        raise UserError(f'{path} is no config; configs end in .py')
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
     scope = cfg.get('default_scope')
@@ -194,13 +199,23 @@ def without_pretrained(node) -> None:
     """Remove every ``init_cfg`` that loads a file from a model config, in place."""
     if isinstance(node, dict):
         init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        if isinstance(init_cfg, list):
+            node['init_cfg'] = [c for c in init_cfg if not _is_pretrained(c)]
+        elif _is_pretrained(init_cfg):
             node['init_cfg'] = None
         for value in node.values():
             without_pretrained(value)
     elif isinstance(node, list):
         for value in node:
             without_pretrained(value)
+
+
+def _is_pretrained(init_cfg) -> bool:
+    kind = init_cfg.get('type') if isinstance(init_cfg, dict) else None
+    return getattr(kind, '__name__', str(kind)).split('.')[-1] in (
+        'Pretrained',
+        'PretrainedInit',
+    )
 
 
 def check_dataset(cfg, *loaders: str) -> None:
@@ -254,7 +269,8 @@ def _datasets(node) -> Iterator[dict]:
 def check_output(path: str, suffixes: Sequence[str], force: bool) -> Path:
     """Raise :class:`UserError` if a file cannot be written, or exists without ``force``."""
     path = Path(path)
-    if path.suffix not in suffixes or not os.access(path.parent, os.W_OK):
+    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    if path.suffix not in suffixes or not writable or path.is_dir():
         raise UserError(
             f'{path} must end in {" or ".join(suffixes)} and be in a folder that exists '
             'and can be written to'
@@ -266,7 +282,8 @@ def check_output(path: str, suffixes: Sequence[str], force: bool) -> Path:
 
 def check_file(path: str, what: str) -> None:
     """Raise :class:`UserError` if ``path`` is neither a file nor a URL."""
-    if '://' not in path and not os.path.isfile(path):
+    if not path.startswith(('http://', 'https://')) and not os.path.isfile(path):
         raise UserError(
-            f'{what} {path} does not exist; give the path or URL of a .pth file'
+            f'{what} {path} does not exist; give the path of a file, or a URL that begins '
+            'with http:// or https://'
         )

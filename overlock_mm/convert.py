@@ -5,17 +5,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import fit, form_of, unwrap
+from .checkpoint import Form, fit, form_of, unwrap
 from .models import OverLoCK
 from .version import __version__
 from .weights_file import CheckpointError
 
 TARGETS = ('overlock_mm', 'released', 'segmentation', 'detection')
-# What the names of a model's heads begin with, and the config of such a model.
+# Entries of whole models that have a config here, with their rows, and these configs.
 _CONFIGS = {
-    'decode_head.psp_modules.': 'segmentation/upernet_overlock_{arch}',
-    'roi_head.bbox_head.0.': 'detection/cascade_mask_rcnn_overlock_{arch}',
-    'roi_head.mask_head.': 'detection/mask_rcnn_overlock_{arch}_{schedule}',
+    ('decode_head.psp_modules.0.1.conv.weight', 'decode_head.conv_seg.weight'): (
+        150,
+        'segmentation/upernet_overlock_{arch}',
+    ),
+    ('roi_head.mask_head.0.conv_logits.weight', 'roi_head.bbox_head.0.fc_cls.weight'): (
+        81,
+        'detection/cascade_mask_rcnn_overlock_{arch}',
+    ),
+    ('roi_head.mask_head.conv_logits.weight', 'roi_head.bbox_head.fc_cls.weight'): (
+        81,
+        'detection/mask_rcnn_overlock_{arch}_{schedule}',
+    ),
 }
 _EPOCHS_1X = 12
 
@@ -42,8 +51,8 @@ def convert_checkpoint(
         source: where the content is from, as recorded in it.
         config: config of the model, as recorded; by default one of this project's, if
             there is one.
-        keep_optimizer: keep all else that the file holds, so that its training can be
-            resumed.
+        keep_optimizer: keep all else that the file holds: the optimizer's state, and
+            what mmengine resumes a training of its own from.
         half: floating-point tensors as float16.
 
     Returns:
@@ -78,17 +87,28 @@ def convert_checkpoint(
     task = to if dense else form.task
     with torch.random.fork_rng(devices=[]), torch.device('cpu' if dense else 'meta'):
         torch.manual_seed(0)
-        model = OverLoCK(form.arch, context_skip=task == 'detection', deploy=form.deploy)
+        try:
+            model = OverLoCK(
+                form.arch,
+                in_channels=state[f'{at}patch_embed1.0.weight'].shape[1],
+                context_skip=task == 'detection',
+                deploy=form.deploy,
+            )
+        except (ValueError, KeyError, IndexError) as error:
+            raise CheckpointError(
+                f'{source} holds no possible OverLoCK: {error}'
+            ) from error
     _, fitting = fit(model, content, source, logger='silent')
     if dense:
         model.load_state_dict(fitting, strict=False)
         state = model.state_dict()
-    meta = dict(content.get('meta') or {}) if key else {}
+    meta = content.get('meta') if key else None
+    meta = dict(meta) if isinstance(meta, dict) else {}
     meta.pop('overlock_mm', None)
     meta = _former_meta(meta) if to == 'released' else _meta(meta)
     if to != 'released':
         if config is None and not dense:
-            config = _config_of(state, form.arch, source, meta)
+            config = _config_of(state, form, source, meta)
         meta['overlock_mm'] = origin(source, config)
     kept = {}
     if keep_optimizer and key:
@@ -105,24 +125,28 @@ def _meta(meta: dict) -> dict:
     """``meta`` with the classes where mmengine has them."""
     names = {k: meta.pop(k.upper()) for k in ('classes', 'palette') if k.upper() in meta}
     if names:
-        meta['dataset_meta'] = {**names, **meta.get('dataset_meta', {})}
+        meta['dataset_meta'] = {**names, **(meta.get('dataset_meta') or {})}
     return meta
 
 
 def _former_meta(meta: dict) -> dict:
     """``meta`` with the classes where mmcv 1.x has them."""
-    rest = dict(meta.pop('dataset_meta', {}))
+    rest = dict(meta.pop('dataset_meta', None) or {})
     for key in ('classes', 'palette'):
         if key in rest:
             meta[key.upper()] = rest.pop(key)
     return dict(meta, dataset_meta=rest) if rest else meta
 
 
-def _config_of(state, arch: str | dict, source: str, meta: dict) -> str | None:
-    long = '3x' in Path(source).name or meta.get('epoch', 0) > _EPOCHS_1X
-    for begin, name in _CONFIGS.items():
-        if isinstance(arch, str) and any(k.startswith(begin) for k in state):
-            return f'configs/{name.format(arch=arch, schedule="3x" if long else "1x")}.py'
+def _config_of(state, form: Form, source: str, meta: dict) -> str | None:
+    """The config here that builds the model, if one does as it is."""
+    if not isinstance(form.arch, str) or form.deploy:
+        return None
+    long = '3x' in Path(source).name or (meta.get('epoch') or 0) > _EPOCHS_1X
+    schedule = '3x' if long else '1x'
+    for (part, classifier), (rows, name) in _CONFIGS.items():
+        if part in state and classifier in state and len(state[classifier]) == rows:
+            return f'configs/{name.format(arch=form.arch, schedule=schedule)}.py'
     return None
 
 

@@ -1,14 +1,15 @@
 """A hook of mmengine's Runner; apart from the package's own imports as it needs OpenCV."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import nn
 
-from .checkpoint import fit
+from .checkpoint import fit, unwrapped
 from .models import OverLoCK
 from .weights_file import CheckpointError, read_weights
 
@@ -53,17 +54,27 @@ class StrictLoadingHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Take the place of the runner's own loading, which no hook comes before."""
-        model = runner.model
-        # of distributed training, of augmented testing
-        while not hasattr(model, 'backbone') and isinstance(
-            getattr(model, 'module', None), nn.Module
-        ):
-            model = model.module
+        model = unwrapped(runner.model)
         if isinstance(getattr(model, 'backbone', None), OverLoCK):
             runner.load_checkpoint = partial(self._load, runner, model)
+        elif any(isinstance(module, OverLoCK) for module in model.modules()):
+            print_log(
+                f'{type(model).__name__} has an OverLoCK that is not its backbone: '
+                'mmengine loads load_from by itself, and only what fits',
+                logger='current',
+                level=logging.WARNING,
+            )
 
-    def _load(self, runner, model, filename: str, map_location='cpu') -> dict:
-        """What ``Runner.load_checkpoint`` does."""
+    def _load(
+        self,
+        runner,
+        model,
+        filename: str,
+        map_location='cpu',
+        strict=None,
+        revise_keys=None,
+    ) -> dict:
+        """What ``Runner.load_checkpoint`` does; the last two are for mmengine's own."""
         resuming = runner._resume
         try:
             checkpoint = read_weights(filename, map_location, self.trust)
@@ -71,13 +82,16 @@ class StrictLoadingHook(Hook):
             report, state = fit(model, checkpoint, filename, **options)
         except CheckpointError as error:
             raise CheckpointError(
-                f'{error} (options of loading go into default_hooks.loading of the config)'
+                f'{error} (such options go into default_hooks.loading of the config)'
             ) from error
         checkpoint = dict(checkpoint) if report.key else {}
-        if resuming and 'meta' not in checkpoint:
+        meta = checkpoint.get('meta') or {}
+        if resuming and not (
+            {'epoch', 'iter'} <= set(meta) and 'message_hub' in checkpoint
+        ):
             raise CheckpointError(
-                f'{filename} holds weights alone, and no state of a training to resume; '
-                'give it as load_from'
+                f'{filename} holds no state of a training by mmengine, so it cannot be '
+                'resumed; give it as load_from'
             )
         checkpoint['state_dict'] = state
         runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)

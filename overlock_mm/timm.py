@@ -5,8 +5,10 @@
 """
 
 from collections.abc import Sequence
+from urllib.error import URLError
 
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import fit
 from .models.overlock import PARTS_FROM, OverLoCK, init_weights
-from .weights_file import plain_data_allowed
+from .weights_file import RELEASE, cannot_download, plain_data_allowed
 
 __all__ = ['AuxiliaryLoss', 'OverLoCKClassifier']
 
@@ -188,6 +190,7 @@ class OverLoCKClassifier(OverLoCK):
 
     def get_classifier(self) -> nn.Module:
         """The main classifier, a 1x1 convolution on the pooled features."""
+        self._check_head()
         return self.head[-1]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -199,11 +202,7 @@ class OverLoCKClassifier(OverLoCK):
         """
         if global_pool not in (None, 'avg'):
             raise ValueError(f"global_pool={global_pool!r} must be 'avg'")
-        if self.head is None:
-            raise RuntimeError(
-                'this model was pruned to its features and has no head; build it again '
-                'to classify'
-            )
+        self._check_head()
         self.num_classes = num_classes
         like = self.head[0].weight
         self.head[-1] = _classifier(_HEAD_WIDTH, num_classes).to(like.device, like.dtype)
@@ -216,6 +215,13 @@ class OverLoCKClassifier(OverLoCK):
         if fresh is not None:
             fresh.to(like.device, like.dtype).train(self.training)
         self.aux_head = fresh
+
+    def _check_head(self) -> None:
+        if self.head is None:
+            raise RuntimeError(
+                'this model was pruned to its features and has no head; build it again '
+                'to classify'
+            )
 
     def _make_aux_head(self) -> nn.Sequential | None:
         if not self.num_classes or not self.has_aux_head:
@@ -297,13 +303,19 @@ def checkpoint_filter_fn(checkpoint: dict, model: OverLoCKClassifier) -> dict:
         CheckpointError: if the file is of another arch or form, or no checkpoint.
     """
     adapted = (*(f'{name}.' for name in _CLASSIFIERS), f'{_FIRST_CONV}.')
-    report, state = fit(model, checkpoint, ignore_mismatched=adapted)
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    source = cfg.get('file') or cfg.get('url') or 'the checkpoint'
+    report, state = fit(
+        model, checkpoint, source, ignore_mismatched=adapted, logger='silent'
+    )
+    report.ignored_for = 'timm to adapt'
+    print_log(str(report), logger='current')
     return state | report.ignored
 
 
 def _cfg(url: str, crop_pct: float) -> dict:
     return dict(
-        url=f'https://github.com/LMMMEng/OverLoCK/releases/download/v1/{url}',
+        url=RELEASE + url,
         num_classes=1000,
         input_size=(3, 224, 224),
         pool_size=(7, 7),
@@ -333,23 +345,28 @@ default_cfgs = generate_default_cfgs(
 def _create_overlock(arch: str, pretrained: bool, pretrained_cfg=None, **kwargs):
     """Build a model; the deploy form and the weights of that form go together."""
     tag = pretrained_cfg
-    if isinstance(pretrained_cfg, dict):
-        tag = pretrained_cfg.get('tag')
+    if not isinstance(tag, str | None):
+        tag = tag.get('tag') if isinstance(tag, dict) else tag.tag
     if tag == _REPARAM_TAG:
         kwargs.setdefault('deploy', True)
     if pretrained_cfg is None and kwargs.get('deploy'):
         pretrained_cfg = _REPARAM_TAG
-    with plain_data_allowed():  # timm's own reader takes less
-        return build_model_with_cfg(
-            OverLoCKClassifier,
-            f'overlock_{arch}',
-            pretrained,
-            pretrained_cfg=pretrained_cfg,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
-            arch=arch,
-            **kwargs,
-        )
+    try:
+        with plain_data_allowed():  # timm's own reader takes less
+            return build_model_with_cfg(
+                OverLoCKClassifier,
+                f'overlock_{arch}',
+                pretrained,
+                pretrained_cfg=pretrained_cfg,
+                pretrained_filter_fn=checkpoint_filter_fn,
+                feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+                arch=arch,
+                **kwargs,
+            )
+    except URLError as error:
+        tag = pretrained_cfg if isinstance(pretrained_cfg, str) else tag
+        url = default_cfgs[f'overlock_{arch}'].cfgs[tag or 'in1k'].url
+        raise cannot_download(url, error) from error
 
 
 @register_model

@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 from collections import OrderedDict
 from contextlib import nullcontext
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 # From torch 2.6 on, torch.load itself reads what is on a list, and nothing else.
 _HAS_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
+# Where the released files are.
+RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 # Seconds without a byte after which a download has stalled.
 _TIMEOUT = 30
 # The begin of a file's SHA-256 in its name, as torch.hub has it.
@@ -42,6 +45,10 @@ _UNTRUSTED = re.compile(r'(?:GLOBAL|global|class) (\S+?),? (?:was not|is not|who
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be had, read or fitted; the message says why and what to do."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no file of this name."""
 
 
 class _Refused(Exception):
@@ -64,7 +71,7 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
         :func:`write_weights`, one of ``meta`` and ``state_dict``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        CheckpointNotFoundError: if there is no such file; a FileNotFoundError, too.
         CheckpointError: if it cannot be downloaded, is no file of weights, or holds
             types that are not read without trust; these are named, never run.
     """
@@ -73,20 +80,14 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
         download(source) if urlparse(source).scheme in ('http', 'https') else Path(source)
     )
     if not path.exists():
-        raise FileNotFoundError(
+        raise CheckpointNotFoundError(
             f'{path} does not exist; give the path or URL of a checkpoint'
         )
     if path.is_dir():
         raise CheckpointError(f'{path} is a folder; give the path of a checkpoint file')
-    with path.open('rb') as file:
-        begin = file.read(512)
-    if not begin:
-        raise CheckpointError(f'{path} is empty; download or save it again')
-    if begin.lstrip()[:1] == b'<':
-        raise CheckpointError(
-            f'{path} is a web page (it begins with {begin.lstrip()[:15]!r}), as is saved '
-            'in place of a file that was not found; download the file itself'
-        )
+    problem = _no_weights(path)
+    if problem:
+        raise CheckpointError(f'{path} is {problem}; remove it and get it again')
     if path.suffix == '.safetensors':
         return _read_safetensors(path, map_location)
     try:
@@ -94,18 +95,47 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
             return torch.load(path, map_location, _PlainPickle, weights_only=False)
         with nullcontext() if trust else plain_data_allowed():
             return torch.load(path, map_location, weights_only=not trust)
-    except (pickle.UnpicklingError, _Refused) as error:
-        found = _UNTRUSTED.search(str(error))
-        if not found and not isinstance(error, _Refused):
-            raise CheckpointError(_unreadable(path, error)) from error
-        name = found[1] if found else error
-        raise CheckpointError(
-            f'{path} holds {name}, which files of weights have no need for and which '
-            'may run code; nothing of it was run or loaded. If you know where the file is '
-            'from and trust it, say trust=True'
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(_unreadable(path, error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files end in any of them
+        raise CheckpointError(f'{path} {_reason(path, error, trust)}') from error
+
+
+def _no_weights(path) -> str | None:
+    """What a file is that begins as no file of weights does."""
+    with path.open('rb') as file:
+        begin = file.read(512).lstrip()
+    if not begin:
+        return 'empty'
+    if re.match(rb'<[a-zA-Z!?]', begin):
+        return (
+            f'a web page (it begins with {begin[:15]!r}), as is saved in place of a file '
+            'that was not found'
+        )
+    return None
+
+
+def _reason(path, error, trust) -> str:
+    """What is wrong with a file that cannot be read, and what to do."""
+    found = _UNTRUSTED.search(str(error))
+    if isinstance(error, _Refused) or found and not trust:
+        return (
+            f'holds {found[1] if found else error}, which files of weights have no need '
+            'for and which may run code; nothing of it was run or loaded. If you know '
+            'where the file is from and trust it, say trust=True'
+        )
+    if trust and isinstance(error, ImportError | AttributeError):
+        return f'holds what this Python has not ({error}); install where that is from'
+    reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
+    reason = (reason.splitlines() or [type(error).__name__])[0][:120]
+    if 'TorchScript' in reason:
+        return 'is a TorchScript archive; give the checkpoint that it was made of'
+    if 'deserialize object on' in reason:
+        return f'cannot be put where map_location says ({reason})'
+    return (
+        f'({path.stat().st_size} bytes) is no checkpoint, or a truncated one ({reason}); '
+        'get it again'
+    )
 
 
 def plain_data_allowed():
@@ -116,6 +146,11 @@ def plain_data_allowed():
     if not _HAS_LIST:
         return nullcontext()
     return torch.serialization.safe_globals(_allowed())
+
+
+def _plain(value):
+    """What JSON has in place of a value that it does not know."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 class _PlainPickle:
@@ -147,8 +182,14 @@ def _read_safetensors(path, map_location):
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             meta = (file.metadata() or {}).get('meta')
     except SafetensorError as error:
-        raise CheckpointError(f'{path} is damaged: {error}; get it again') from error
-    return dict(meta=json.loads(meta), state_dict=tensors) if meta else tensors
+        raise CheckpointError(
+            f'{path} is damaged, or no safetensors file: {error}; get it again'
+        ) from error
+    try:
+        meta = json.loads(meta or 'null')
+    except ValueError:  # of another program
+        meta = None
+    return dict(meta=meta, state_dict=tensors) if isinstance(meta, dict) else tensors
 
 
 def write_weights(content: dict, path: str | Path) -> None:
@@ -160,7 +201,12 @@ def write_weights(content: dict, path: str | Path) -> None:
             ``meta`` as JSON among its metadata.
     """
     path = Path(path)
-    partial = path.with_name(f'{path.stem}.partial{path.suffix}')
+    handle, partial = tempfile.mkstemp('.partial', path.name, path.parent)
+    os.close(handle)
+    partial = Path(partial)
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o666 & ~mask)  # mkstemp's files are for their owner alone
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import save
@@ -168,22 +214,13 @@ def write_weights(content: dict, path: str | Path) -> None:
             # a copy each: the format knows no shared storage
             tensors = {k: v.detach().clone() for k, v in content['state_dict'].items()}
             tensors = {k: v.contiguous() for k, v in tensors.items()}
-            meta = json.dumps(content.get('meta', {}), default=str)
+            meta = json.dumps(content.get('meta', {}), default=_plain)
             partial.write_bytes(save(tensors, dict(format='pt', meta=meta)))
         else:
             torch.save(content, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _unreadable(path, error):
-    reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
-    lines = reason.splitlines() or [type(error).__name__]
-    return (
-        f'{path} ({path.stat().st_size} bytes) is no checkpoint, or a truncated one '
-        f'({lines[0][:120]}); get it again'
-    )
 
 
 def _allowed() -> list:
@@ -210,7 +247,7 @@ def _allowed() -> list:
 def _statistic(owner, name: str):
     """In place of ``getattr``, with which history buffers save their methods."""
     if owner is not HistoryBuffer or name not in ('mean', 'max', 'min', 'current'):
-        raise _Refused(f'builtins.getattr({owner.__name__}, {name!r})')
+        raise _Refused(f'builtins.getattr({owner!r}, {name!r})')
     return getattr(HistoryBuffer, name)
 
 
@@ -226,14 +263,35 @@ def download(url: str) -> Path:
         CheckpointError: if it cannot be downloaded whole, with the path at which a
             file that was fetched elsewhere is found.
     """
-    target = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
+    target = cached(url)
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f'.{target.name}.lock')):
-        if not target.exists():
-            _download(url, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f'.{target.name}.lock')):
+            if not target.exists():
+                _download(url, target)
+    except (OSError, HTTPException, ValueError) as error:
+        raise cannot_download(url, error) from error
     return target
+
+
+def cached(url: str) -> Path:
+    """Where a download is kept: by its name, and other than released files by its URL."""
+    name = Path(urlparse(url).path).name
+    if not url.startswith(RELEASE):  # files of one name may be different ones
+        stem, suffix = os.path.splitext(name)
+        name = f'{stem}.{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}'
+    return Path(torch.hub.get_dir()) / 'checkpoints' / name
+
+
+def cannot_download(url: str, error: Exception) -> CheckpointError:
+    """The error to raise when a download has ended in another."""
+    reason = getattr(error, 'reason', None) or str(error) or type(error).__name__
+    return CheckpointError(
+        f'{url} cannot be downloaded ({reason}); fetch it elsewhere and place it at '
+        f'{cached(url)}, or give its path in place of the URL'
+    )
 
 
 def _download(url, target):
@@ -254,18 +312,15 @@ def _download(url, target):
                     bar.update(len(block))
         if size and done != size:
             raise URLError(f'it ended after {done} of {size} bytes')
-        known = _CHECKSUM.search(target.name)
+        known = _CHECKSUM.search(urlparse(url).path)
         if known and not digest.hexdigest().startswith(known[1]):
             raise URLError(
                 f'its SHA-256 is {digest.hexdigest()[:16]}... and not {known[1]}...'
             )
+        problem = _no_weights(Path(partial))
+        if problem:
+            raise URLError(f'it is {problem}')
         os.replace(partial, target)
-    except (OSError, URLError) as error:
-        reason = getattr(error, 'reason', None) or error
-        raise CheckpointError(
-            f'{url} cannot be downloaded ({reason}); fetch it elsewhere and place it at '
-            f'{target}, or give its path in place of the URL'
-        ) from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)

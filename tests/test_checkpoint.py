@@ -16,7 +16,7 @@ from test_overlock import TINY, tiny
 from torch import nn
 
 from overlock_mm import OverLoCK, checkpoint, fold, load_checkpoint, weights_file
-from overlock_mm.weights_file import CheckpointError, download, read_weights
+from overlock_mm.weights_file import CheckpointError, cached, download, read_weights
 
 
 def classifier_state(model):
@@ -191,7 +191,7 @@ def without(state, name):
         ),
         (
             lambda: (classifier_state(tiny()), dict(prefix='backbone.')),
-            'The file is no OverLoCK; .* or prefix= if',
+            "no entry that begins with prefix='backbone.'; its entries begin with aux_head",
         ),
     ],
 )
@@ -333,9 +333,9 @@ def test_the_arch_is_recognised(tmp_path, arch):
 def test_models_that_take_no_checkpoint(tmp_path):
     path = tmp_path / 'w.pth'
     torch.save(tiny().state_dict(), path)
-    with pytest.raises(ValueError, match='load first, then fold'):
+    with pytest.raises(CheckpointError, match='load first, then fold'):
         load_checkpoint(fold(tiny()), path)
-    with pytest.raises(ValueError, match='Conv2d is no OverLoCK'):
+    with pytest.raises(CheckpointError, match='Conv2d is no OverLoCK'):
         load_checkpoint(nn.Conv2d(1, 1, 1), path)
 
 
@@ -415,6 +415,157 @@ def test_a_truncated_checkpoint(tmp_path):
         read_weights(tmp_path)
 
 
+def test_damage_anywhere(tmp_path):
+    """One kind of error and one line, wherever a file ends or is wrong."""
+    path, rng = tmp_path / 'w.pth', np.random.default_rng(0)
+    for legacy in (False, True):
+        torch.save(tiny().state_dict(), path, _use_new_zipfile_serialization=not legacy)
+        whole = path.read_bytes()
+        cuts = [*range(1, 60), *rng.integers(60, len(whole), 40)]
+        for cut in cuts:
+            path.write_bytes(whole[:cut])
+            with pytest.raises(CheckpointError) as error:
+                read_weights(path)
+            assert '\n' not in str(error.value) and 'w.pth' in str(error.value)
+    for text in (b'bad request', b'error code: 1015', b'Rate limit exceeded', b'\x80'):
+        path.write_bytes(text)
+        with pytest.raises(CheckpointError, match='no checkpoint, or a truncated one'):
+            read_weights(path)
+
+
+def test_files_that_are_good_for_something_else(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.jit.script(nn.Linear(1, 1)).save(path)
+    with pytest.raises(CheckpointError, match='is a TorchScript archive'):
+        read_weights(path)
+    torch.save(tiny().state_dict(), tmp_path / 'w.safetensors')
+    with pytest.raises(CheckpointError, match='damaged, or no safetensors file'):
+        read_weights(tmp_path / 'w.safetensors')
+
+
+@pytest.mark.parametrize('option', ['ignore_mismatched', 'ignore_unexpected'])
+def test_begins_of_names(tmp_path, option):
+    """One name may be given by itself; an empty one would be in all."""
+    path = tmp_path / 'w.pth'
+    state = changed(tiny()).state_dict()
+    if option == 'ignore_unexpected':
+        state['neck.weight'] = torch.ones(1)
+    else:
+        state['blocks1.0.dwconv.bias'] = torch.ones(3)
+    torch.save(state, path)
+    for right in ('neck', 'blocks1.0.dwconv'):
+        ok = (right == 'neck') == (option == 'ignore_unexpected')
+        if ok:
+            assert load_checkpoint(tiny(), path, **{option: right}).complete
+        else:
+            with pytest.raises(CheckpointError, match='does not fit'):
+                load_checkpoint(tiny(), path, **{option: right})
+    with pytest.raises(CheckpointError, match=f'{option}=.* has an empty name'):
+        load_checkpoint(tiny(), path, **{option: ['']})
+
+
+def test_a_whole_model_has_its_output_norms(tmp_path):
+    path = tmp_path / 'w.pth'
+    state = changed(Segmentor()).state_dict()
+    torch.save({k: v for k, v in state.items() if 'extra_norm' not in k}, path)
+    with pytest.raises(CheckpointError, match='missing from the file: backbone.extra_norm'):
+        load_checkpoint(Segmentor(), path)
+
+
+def test_what_is_no_checkpoint_of_the_model_says_where_it_goes(tmp_path):
+    path = tmp_path / 'w.pth'
+    torch.save(classifier_state(tiny()), path)
+    with pytest.raises(CheckpointError, match='a backbone alone, which goes into init_cfg'):
+        load_checkpoint(Segmentor(), path)
+    state = changed(Segmentor(context_skip=True)).state_dict()
+    torch.save({k.replace('decode_head', 'neck'): v for k, v in state.items()}, path)
+    with pytest.raises(
+        CheckpointError, match=r'other heads.*prefix="backbone."\).*context_sk'
+    ):
+        load_checkpoint(Segmentor(), path)
+    torch.save(dict(a=torch.ones(1)), path)
+    with pytest.raises(CheckpointError, match='nothing was loaded'):
+        load_checkpoint(tiny(), path, strict=False)
+    half = {k: v for k, v in tiny().state_dict().items() if 'blocks4' not in k}
+    torch.save(half, path)
+    with pytest.raises(CheckpointError, match='missing from the file') as error:
+        load_checkpoint(tiny(), path)
+    assert 'arch=' not in str(error.value)
+
+
+@pytest.mark.parametrize('wrap', ['module.', '_orig_mod.', 'module._orig_mod.'])
+def test_names_of_wrapped_models(tmp_path, wrap):
+    path, source = tmp_path / 'w.pth', changed(Segmentor())
+    inner = {
+        k.replace('backbone.', f'backbone.{wrap}'): v
+        for k, v in source.state_dict().items()
+    }
+    for state in ({f'{wrap}{k}': v for k, v in source.state_dict().items()}, inner):
+        torch.save(state, path)
+        model = Segmentor()
+        assert load_checkpoint(nn.DataParallel(model), path).complete
+        torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    model = Segmentor()
+    load_checkpoint(torch.compile(model, backend='eager'), path)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    model.backbone = torch.compile(model.backbone, backend='eager')
+    with pytest.raises(CheckpointError, match='load, then compile'):
+        load_checkpoint(model, path)
+
+
+@pytest.mark.parametrize('key', ['state_dict_ema', 'model_ema', 'ema'])
+def test_averaged_weights_come_first(tmp_path, key):
+    path, last = tmp_path / 'w.pth', tiny()
+    content = {'state_dict': last.state_dict(), key: changed(tiny()).state_dict()}
+    torch.save(content, path)
+    model = tiny()
+    assert load_checkpoint(model, path).key == key
+    assert torch.equal(model.patch_embed1[0].weight, last.patch_embed1[0].weight + 1)
+    content[key] = dict(decay=torch.tensor(0.9))  # something else of that name
+    torch.save(content, path)
+    assert load_checkpoint(tiny(), path).key == 'state_dict'
+
+
+def test_old_files_have_no_counters_of_batches(tmp_path):
+    path, source = tmp_path / 'w.pth', changed(tiny())
+    state = {k: v for k, v in source.state_dict().items() if 'num_batches' not in k}
+    torch.save(state, path)
+    report = load_checkpoint(tiny(), path)
+    assert report.complete and 'counters of batches' in str(report)
+
+
+def test_odd_entries(tmp_path):
+    path = tmp_path / 'w.pth'
+    state = {**tiny().state_dict(), 7: torch.ones(1)}
+    torch.save(state, path)
+    assert load_checkpoint(tiny(), path).complete
+    for name, value in (
+        ('patch_embed1.6.weight', torch.tensor(1.0)),
+        ('sub_blocks3.0.rpb1', torch.tensor(1.0)),
+        ('blocks1.0.proj.1.lk_origin.weight', torch.ones(8, 1, 6, 6)),
+        ('blocks1.0.proj.1.lk_origin.weight', torch.ones(0)),
+    ):
+        torch.save({**tiny().state_dict(), name: value}, path)
+        for deploy in (False, True):
+            with pytest.raises(CheckpointError, match='does not fit'):
+                load_checkpoint(tiny(deploy=deploy), path)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_files_are_merged_in_full_precision(tmp_path, dtype):
+    path, source = tmp_path / 'w.pth', tiny()
+    state = {
+        k: v.to(dtype) if v.is_floating_point() else v
+        for k, v in source.state_dict().items()
+    }
+    torch.save(state, path)
+    source.load_state_dict(state)
+    source.switch_to_deploy()
+    model = tiny(deploy=True)
+    load_checkpoint(model, path)
+    torch.testing.assert_close(model.state_dict(), source.state_dict())
+
+
 def test_safetensors(tmp_path):
     from safetensors.torch import save_file
 
@@ -441,6 +592,17 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         if self.path == '/none.pth':
             self.send_error(404)
+            return
+        if self.path == '/chunks.pth':
+            self.send_response(200)
+            self.send_header('Transfer-Encoding', 'chunked')
+            self.end_headers()
+            self.wfile.write(b'ffff\r\nless')
+            return
+        if self.path == '/page.pth':
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'<html>log in</html>')
             return
         self.send_response(200)
         self.send_header('Content-Length', str(len(self.content)))
@@ -481,8 +643,8 @@ def test_download(tmp_path, server, name, monkeypatch):
     model = OverLoCK(TINY, init_cfg=dict(type='Pretrained', checkpoint=f'{server}/{name}'))
     model.init_weights()
     assert torch.equal(model.patch_embed1[0].weight, tiny().patch_embed1[0].weight)
-    cached = tmp_path / 'hub/checkpoints' / name
-    assert cached.read_bytes() == Server.content and files(cached.parent) == [cached]
+    path = cached(f'{server}/{name}')
+    assert path.read_bytes() == Server.content and files(path.parent) == [path]
     monkeypatch.setattr(Server, 'content', b'changed')
     assert download(f'{server}/{name}').read_bytes() != b'changed'  # from the cache
 
@@ -493,14 +655,28 @@ def test_download(tmp_path, server, name, monkeypatch):
         ('truncated.pth', 'it ended after .* bytes|incomplete|IncompleteRead'),
         ('stalls.pth', 'timed out'),
         ('none.pth', 'Not Found'),
+        ('chunks.pth', 'IncompleteRead'),
+        ('page.pth', 'it is a web page'),
+        ('no status.pth', "can't contain control characters"),
     ],
 )
 def test_a_download_that_fails_leaves_nothing(tmp_path, server, name, reason):
     with pytest.raises(CheckpointError, match=reason) as error:
         load_checkpoint(tiny(), f'{server}/{name}')
-    folder = tmp_path / 'hub/checkpoints'
-    assert f'place it at {folder / name}' in str(error.value)
-    assert files(folder) == []
+    path = cached(f'{server}/{name}')
+    assert f'place it at {path}' in str(error.value)
+    assert files(tmp_path / 'hub/checkpoints') == []
+
+
+def test_where_downloads_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    released = cached(f'{weights_file.RELEASE}overlock_t_in1k_224.pth')
+    assert released == tmp_path / 'checkpoints/overlock_t_in1k_224.pth'  # as by torch.hub
+    others = {cached(f'https://example.com/{i}/model.safetensors') for i in 'ab'}
+    assert len(others) == 2 and {path.suffix for path in others} == {'.safetensors'}
+    monkeypatch.setattr(torch.hub, '_hub_dir', '/dev/null')
+    with pytest.raises(CheckpointError, match='cannot be downloaded'):
+        download('https://example.com/model.pth')
 
 
 def test_checksum(server):

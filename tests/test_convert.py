@@ -1,5 +1,6 @@
 """Conversion keeps weights, moves what describes them, and comes back."""
 
+import numpy as np
 import pytest
 import torch
 from test_checkpoint import changed, classifier_state
@@ -100,6 +101,25 @@ def test_imagenet_file_in_dense_form(tmp_path, task, deploy):
             assert torch.equal(value, state[name]), name
     again = convert_checkpoint(dict(model=state), task)
     same_weights(again, dense)  # what is fresh is the same each time
+
+
+def test_other_channels_and_meta():
+    model = tiny(in_channels=4)
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    for meta in (None, [1], dict(dataset_meta=None, epoch=None)):
+        converted = convert_checkpoint(dict(state_dict=state, meta=meta))
+        same_weights(converted, dict(state_dict=state))
+        convert_checkpoint(converted, 'released')
+
+
+def test_shared_storage_and_arrays_in_safetensors(tmp_path):
+    whole = torch.arange(6.0).reshape(2, 3)
+    content = dict(meta=dict(palette=np.eye(2, dtype=int)))
+    content['state_dict'] = dict(a=whole, b=whole, c=whole.T, d=whole[:, 1])
+    write_weights(content, tmp_path / 'w.safetensors')
+    read = read_weights(tmp_path / 'w.safetensors')
+    assert read['meta'] == dict(palette=[[1, 0], [0, 1]])
+    same_weights(read, content)
 
 
 def test_half(tmp_path):

@@ -1,5 +1,7 @@
 """mmengine's Runner with weights that must fit."""
 
+import logging
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -92,7 +94,7 @@ def test_trust(file, tmp_path):
 def test_weights_alone_cannot_be_resumed(file, tmp_path):
     source, path = file
     torch.save(source.state_dict(), path)
-    with pytest.raises(CheckpointError, match='no state of a training to resume'):
+    with pytest.raises(CheckpointError, match='holds no state of a training by mmengine'):
         load(tmp_path, Segmentor(), path, resume=True)
 
 
@@ -103,6 +105,30 @@ def test_averaged_weights_start_from_the_file(file, tmp_path):
     (ema,) = (h for h in loaded.hooks if type(h).__name__ == 'EMAHook')
     averaged = ema.ema_model.module.state_dict()
     torch.testing.assert_close(averaged, source.state_dict(), rtol=0, atol=0)
+
+
+def test_augmented_models(file, tmp_path):
+    """The model to load is inside another."""
+    source, path = file
+    model = nn.Module()
+    model.module = Segmentor()
+    load(tmp_path, model, path)
+    assert torch.equal(model.module.decode_head.weight, source.decode_head.weight)
+    with pytest.raises(CheckpointError, match='h_proj'):
+        model.module = Segmentor(context_skip=True)
+        load(tmp_path, model, path)
+
+
+def test_an_overlock_elsewhere_is_told(file, tmp_path):
+    _, path = file
+    model = nn.Module()
+    model.student = Segmentor()
+    started = runner(tmp_path, model, path)
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    started.logger.addHandler(handler)
+    started.call_hook('before_run')
+    assert any('not its backbone' in text for text in messages)
 
 
 def test_other_models_load_as_in_mmengine(tmp_path):

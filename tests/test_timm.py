@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import overlock_mm.timm
 from overlock_mm import OverLoCK, fold
 from overlock_mm.timm import AuxiliaryLoss, OverLoCKClassifier
+from overlock_mm.weights_file import CheckpointError
 
 MODELS = ['overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b']
 MANIFEST = json.loads((Path(__file__).parent / 'parity/manifest.json').read_text())
@@ -273,7 +275,7 @@ def test_pretrained_of_another_form_fails(tiny_arch, tmp_path):
     """Also with another number of classes, where timm itself is not strict."""
     _, overlay = weights_file(tmp_path, deploy=True)
     for kwargs in (dict(), dict(num_classes=3), dict(num_classes=0)):
-        with pytest.raises(RuntimeError, match='missing from the file: .*lk_origin|_bn'):
+        with pytest.raises(RuntimeError, match='missing from the file: .*(lk_origin|_bn)'):
             timm.create_model(tiny_arch, True, pretrained_cfg_overlay=overlay, **kwargs)
     model = tiny()
     for name in ('aux_head.0.weight', 'head.0.weight'):
@@ -321,6 +323,25 @@ def test_num_classes_0():
             full(x), features @ full.head[4].weight.flatten(1).T + full.head[4].bias
         )
         assert torch.equal(full.forward_head(maps), full(x))
+
+
+def test_pretrained_cannot_be_downloaded(tiny_arch, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise URLError('no network')
+
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', no_network)
+    for name, file in (
+        ('', 'overlock_xt_in1k_224.pth'),
+        ('.in1k_reparam', '224_reparam.pth'),
+    ):
+        with pytest.raises(CheckpointError, match=f'place it at .*checkpoints/.*{file}'):
+            timm.create_model(f'overlock_xt{name}', pretrained=True)
+
+
+def test_pretrained_cfg_as_an_object(tiny_arch):
+    cfg = timm.get_pretrained_cfg('overlock_xt.in1k_reparam')
+    assert timm.create_model(tiny_arch, pretrained_cfg=cfg).deploy
 
 
 def test_without_auxiliary_head(tiny_arch, tmp_path):

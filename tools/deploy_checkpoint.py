@@ -5,12 +5,13 @@ Writes OUT and, beside it, a config that loads it. The weights of a folded model
 """
 
 import argparse
+import os
 import sys
 
 try:
     import torch
 
-    from overlock_mm import cli
+    from overlock_mm import OverLoCK, cli
     from overlock_mm.checkpoint import fit
     from overlock_mm.convert import origin
     from overlock_mm.weights_file import read_weights, write_weights
@@ -44,14 +45,18 @@ def main():
     cli.check_file(args.checkpoint, 'checkpoint')
     out = cli.check_output(args.out, ['.pth'], args.force)
     config = cli.check_output(out.with_suffix('.py'), ['.py'], args.force)
-    if cfg.model.backbone.get('type') != 'OverLoCK' or cfg.model.backbone.get('deploy'):
+    for given, written in ((args.checkpoint, out), (args.config, config)):
+        if written.exists() and os.path.exists(given) and written.samefile(given):
+            raise cli.UserError(
+                f'{written} would be written over what was given; choose another OUT'
+            )
+    cli.without_pretrained(cfg.get('model'))
+    model = cli.build_model(cfg)
+    if not isinstance(getattr(model, 'backbone', None), OverLoCK) or model.backbone.deploy:
         raise cli.UserError(
             f'the backbone of {args.config} is no OverLoCK in training form; there is '
             'nothing to merge'
         )
-
-    cli.without_pretrained(cfg.model)
-    model = cli.build_model(cfg)
     content = read_weights(args.checkpoint, trust=args.trust)
     report, state = fit(model, content, args.checkpoint)
     model.load_state_dict(state)
@@ -70,7 +75,7 @@ def main():
             'does not explain; nothing was written. Are the weights finite?'
         )
     cfg.model.backbone.deploy = True
-    cfg.load_from = str(out)
+    cfg.load_from = str(out.resolve())
     meta = content.get('meta', {}) if report.key else {}
     meta = dict(meta, overlock_mm=origin(args.checkpoint, args.config))
     write_weights(dict(meta=meta, state_dict=model.state_dict()), out)

@@ -65,8 +65,7 @@ def main():
         cfg.load_from, cfg.resume = checkpoint, True
     elif args.resume:
         print(f'No checkpoint in {cfg.work_dir} yet: training starts from the beginning.')
-    if args.no_pretrained or checkpoint:
-        # all weights come from the checkpoint to resume, or from nowhere
+    if args.no_pretrained or replaces_all(cfg):
         cli.without_pretrained(cfg.model)
     cli.check_dataset(cfg, 'train_dataloader', 'val_dataloader')
 
@@ -77,6 +76,15 @@ def main():
         if cfg.get('load_from'):
             raise
         raise cli.UserError(f'{error}; or start without: --no-pretrained') from error
+
+
+def replaces_all(cfg) -> bool:
+    """Whether a checkpoint brings all weights, so that no others need be there."""
+    if not cfg.get('load_from') or cfg.resume:
+        return bool(cfg.resume)
+    loading = cfg.get('default_hooks', {}).get('loading', {})
+    ours = str(cfg.model.get('backbone', {}).get('type')).endswith('OverLoCK')
+    return ours and loading.get('strict', True)
 
 
 if __name__ == '__main__':

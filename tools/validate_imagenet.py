@@ -146,7 +146,8 @@ def build_model(name: str, checkpoint: str, trust: bool):
     if 'head.4.weight' not in state:
         raise cli.UserError(f'{checkpoint} has no head.4.weight, so it is no classifier')
     classes, deploy = len(state['head.4.weight']), form_of(state).deploy
-    model = timm.create_model(name, num_classes=classes, deploy=deploy)
+    aux_head = 'aux_head.2.weight' in state
+    model = timm.create_model(name, num_classes=classes, deploy=deploy, aux_head=aux_head)
     _, state = fit(model, content, checkpoint)
     model.load_state_dict(state)
     return model.eval()
