@@ -191,6 +191,24 @@ def test_detectors_and_segmentors(tmp_path, log, name):
 
 
 def test_cascade_heads_are_the_stock_ones():
-    model = model_of(ROOT / 'configs/detection/cascade_mask_rcnn_overlock_t.py')
+    config = 'configs/detection/cascade_mask_rcnn_overlock_t.py'
+    model = model_of(ROOT / config)
     heads = {k: v.shape for k, v in model.state_dict().items() if 'backbone.' not in k}
     assert heads == {k: v.shape for k, v in head_state('cascade_mask_rcnn', 't').items()}
+    converted = convert_checkpoint(model.state_dict())
+    assert converted['meta']['overlock_mm']['config'] == config
+
+
+def test_config_that_a_converted_file_is_for():
+    content = dense_file('maskrcnn1x_overlock_tiny_coco')
+    for epoch, source, schedule in (
+        (12, 'w.pth', '1x'),
+        (36, 'w.pth', '3x'),
+        (12, 'maskrcnn3x.pth', '3x'),
+        (None, 'w.pth', '1x'),
+    ):
+        content['meta']['epoch'] = epoch
+        origin = convert_checkpoint(content, source=source)['meta']['overlock_mm']
+        assert origin['config'] == f'configs/detection/mask_rcnn_overlock_t_{schedule}.py'
+    content['state_dict']['roi_head.bbox_head.fc_cls.weight'] = torch.ones(4, 1024)
+    assert convert_checkpoint(content)['meta']['overlock_mm']['config'] is None

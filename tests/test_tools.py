@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, tool
 from mmengine.config import Config
+from mmengine.model.weight_init import PretrainedInit
 from test_overlock import TINY
 
 from overlock_mm import OverLoCK, cli
@@ -181,6 +182,8 @@ def test_deploy_checkpoint(segmentor, tested, configs, demo_data):
     merged, trained = weights(demo_data / 'merged.pth'), weights(segmentor / 'iter_6.pth')
     assert not any('origin_bn' in k for k in merged) and len(merged) < len(trained)
     fails(command, demo_data, 'merged.pth exists', '--force')
+    again = [*tool('deploy_checkpoint.py'), 'merged.py', 'merged.pth', 'merged.pth']
+    fails([*again, '--force'], demo_data, 'merged.pth would be written over')
     test = [*tool('test.py'), 'merged.py', 'merged.pth', '--work-dir', 'merged']
     run(test, demo_data)
     merged_mean = metrics_in(demo_data / 'merged')['mIoU']
@@ -369,6 +372,39 @@ def test_pretrained_weights(configs, demo_data):
     assert line.startswith('error: ') and 'cannot be downloaded' in line
     assert '--no-pretrained' in line
     run([*train, '--no-pretrained', *options], demo_data)
+
+
+def test_a_checkpoint_replaces_pretrained_weights(segmentor, configs, demo_data):
+    """These need not be there when load_from brings all weights."""
+    train = [*tool('train.py'), configs / 'segmentor.py', '--work-dir', 'loaded']
+    options = [
+        '--cfg-options',
+        'model.backbone.init_cfg.type=Pretrained',
+        'model.backbone.init_cfg.checkpoint=none.pth',
+        'train_cfg.max_iters=1',
+        'train_cfg.val_interval=1',
+    ]
+    run([*train, *options, f'load_from={segmentor / "iter_6.pth"}'], demo_data)
+
+
+def test_pretrained_weights_of_a_config():
+    pretrained = dict(type='Pretrained', checkpoint='w.pth')
+    constant = dict(type='Constant', val=0)
+    scoped = dict(type='mmengine.Pretrained', checkpoint='w.pth')
+    model = dict(a=dict(init_cfg=[constant, pretrained]), b=[dict(init_cfg=scoped)])
+    model['init_cfg'] = dict(pretrained, type=PretrainedInit)
+    cli.without_pretrained(model)
+    assert model == dict(
+        a=dict(init_cfg=[constant]), b=[dict(init_cfg=None)], init_cfg=None
+    )
+
+
+def test_loading_options():
+    hook = dict(type='StrictLoadingHook')
+    assert cli.loading_options(Config()) == hook
+    cfg = Config(dict(default_hooks=dict(loading=dict(trust=True))))
+    assert cli.loading_options(cfg) == dict(hook, trust=True)
+    assert cfg.default_hooks.loading.type == 'StrictLoadingHook'
 
 
 def test_missing_checkpoint(tmp_path):
