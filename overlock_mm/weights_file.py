@@ -92,9 +92,13 @@ def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
         return _read_safetensors(path, map_location)
     try:
         if not trust and not _HAS_LIST:
-            return torch.load(path, map_location, _PlainPickle, weights_only=False)
-        with nullcontext() if trust else plain_data_allowed():
-            return torch.load(path, map_location, weights_only=not trust)
+            content = torch.load(path, map_location, _PlainPickle, weights_only=False)
+        else:
+            with nullcontext() if trust else plain_data_allowed():
+                content = torch.load(path, map_location, weights_only=not trust)
+        if isinstance(content, torch.jit.ScriptModule):
+            raise ValueError('TorchScript')
+        return content
     except MemoryError:
         raise
     except Exception as error:  # damaged files end in any of them

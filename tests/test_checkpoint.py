@@ -436,8 +436,9 @@ def test_damage_anywhere(tmp_path):
 def test_files_that_are_good_for_something_else(tmp_path):
     path = tmp_path / 'w.pth'
     torch.jit.script(nn.Linear(1, 1)).save(path)
-    with pytest.raises(CheckpointError, match='is a TorchScript archive'):
-        read_weights(path)
+    for trust in (False, True):
+        with pytest.raises(CheckpointError, match='is a TorchScript archive'):
+            read_weights(path, trust=trust)
     torch.save(tiny().state_dict(), tmp_path / 'w.safetensors')
     with pytest.raises(CheckpointError, match='damaged, or no safetensors file'):
         read_weights(tmp_path / 'w.safetensors')
