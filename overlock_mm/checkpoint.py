@@ -180,38 +180,31 @@ def fit(
     if _is_deploy(own, at) and not _is_deploy(state, at):
         state = _merged(state)
 
-    passed_over = {
-        'classifier heads': [
-            k
-            for k in state
-            if k not in own and k.startswith(tuple(at + p for p in _CLASSIFIER))
-        ],
-        'as ignore_unexpected says': [
-            k for k in state if k not in own and k.startswith(ignore_unexpected)
-        ],
-        'what out_indices leaves out': [
-            k for k in state if k.startswith(tuple(at + p for p in backbone.absent_parts()))
-        ],
+    heads, left_out, dense = (
+        tuple(at + part for part in parts)
+        for parts in (_CLASSIFIER, backbone.absent_parts(), _DENSE_ONLY)
+    )
+    state = _set_apart(
+        report,
+        state,
+        {
+            'classifier heads': lambda k: k.startswith(heads) and k not in own,
+            'as ignore_unexpected says': lambda k: (
+                k.startswith(ignore_unexpected) and k not in own
+            ),
+            'what out_indices leaves out': lambda k: k.startswith(left_out),
+        },
+    )
+    reasons = {
+        'counters of batches, which old files lack': lambda k: (
+            k.endswith('.num_batches_tracked') and k not in state
+        )
     }
-    for why, names in passed_over.items():
-        if names:
-            report.absent[why] = names
-            state = {k: v for k, v in state.items() if k not in set(names)}
-    dense = tuple(at + p for p in _DENSE_ONLY)
-    fresh = {
-        'the output norms of the dense form start fresh': [
-            k for k in own if k.startswith(dense) and k not in state
-        ],
-        'counters of batches, which old files lack': [
-            k for k in own if k.endswith('.num_batches_tracked') and k not in state
-        ],
-    }
-    if at and not bare or any(k.startswith(dense) for k in state):
-        del fresh['the output norms of the dense form start fresh']  # it should have them
-    for why, names in fresh.items():
-        if names:
-            report.absent[why] = names
-            own = {k: v for k, v in own.items() if k not in set(names)}
+    # a file of a whole model, or with some of the output norms, should have them all
+    if (not at or bare) and not any(k.startswith(dense) for k in state):
+        fresh = 'the output norms of the dense form start fresh'
+        reasons[fresh] = lambda k: k.startswith(dense)
+    own = _set_apart(report, own, reasons)
 
     for name, tensor in own.items():
         if name not in state:
@@ -267,6 +260,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is not None:
             return unwrapped(inner)
     return model
+
+
+def _set_apart(report, entries, reasons):
+    """Entries without those that are expected to be in the file or the model alone."""
+    for why, expected in reasons.items():
+        names = [k for k in entries if expected(k)]
+        if names:
+            report.absent[why] = names
+            entries = {k: v for k, v in entries.items() if not expected(k)}
+    return entries
 
 
 def _begins(option, names):
