@@ -18,7 +18,7 @@ demo-detection: setup
 test: setup
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist worksteal
 
 format: setup
 	$(VENV) -m ruff check --fix .

@@ -50,6 +50,10 @@ train_cfg = dict(max_iters=6, val_interval=6)
 default_hooks = dict(logger=dict(interval=1),
                      checkpoint=dict(interval=3, max_keep_ckpts=-1))
 """)
+    (folder / 'averaged.py').write_text(f"""
+_base_ = {str(folder / 'segmentor.py')!r}
+custom_hooks = [dict(type='EMAHook')]
+""")
     (folder / 'detector.py').write_text(f"""
 _base_ = {str(DETECTION)!r}
 model = dict(
@@ -149,7 +153,8 @@ def test_segmentor_augmented(segmentor, configs, demo_data):
 
 
 def test_folded_backbone(segmentor, tested, configs, demo_data):
-    command = [*tool('test.py'), configs / 'segmentor.py', segmentor / 'iter_6.pth']
+    """Also where training averages weights, and a hook swaps them for testing."""
+    command = [*tool('test.py'), configs / 'averaged.py', segmentor / 'iter_6.pth']
     run([*command, '--work-dir', 'folded', '--fold'], demo_data)
     folded = metrics_in(demo_data / 'folded')['mIoU']
     assert folded == pytest.approx(tested['mIoU'], abs=0.5)

@@ -73,6 +73,9 @@ def main():
         evaluator.output_dir = args.out
     if args.tta:
         use_test_time_augmentation(cfg, evaluator)
+    if args.fold:  # a checkpoint has averaged weights in their place: nothing to swap
+        hooks = cfg.get('custom_hooks') or []
+        cfg.custom_hooks = [hook for hook in hooks if hook.get('type') != 'EMAHook']
     runner = cli.build_runner(cfg)
     if args.out and detection:
         from mmdet.evaluation import DumpDetResults
