@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Form, fit, form_of, unwrap
+from .errors import CheckpointError
 from .models import OverLoCK
 from .version import __version__
-from .weights_file import CheckpointError
 
 TARGETS = ('overlock_mm', 'released', 'segmentation', 'detection')
 # Entries of whole models that have a config here, with their rows, and these configs.
@@ -43,7 +43,7 @@ def convert_checkpoint(
     2.x, MMSegmentation 0.x and their successors; what describes them has not.
 
     Args:
-        content: what ``overlock_mm.weights_file.read_weights`` returns.
+        content: what ``overlock_mm.checkpoint.read_weights`` returns.
         to: ``'overlock_mm'``, for mmengine and this project's configs; ``'released'``,
             for the toolboxes' former generation; or, of an ImageNet file, the bare
             backbone in ``'segmentation'`` or ``'detection'`` form, with fresh output

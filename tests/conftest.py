@@ -2,8 +2,6 @@
 
 import logging
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,13 @@ if not torch.cuda.is_available():
     # before anything imports triton: its kernels then run on the CPU
     os.environ['TRITON_INTERPRET'] = '1'
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import CHANNELS, DETECTION, SEGMENTATION, TINY  # noqa: E402
 
 
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory):
     """A small demo data set: (a folder to run in, with data/demo below it)."""
-    from overlock_mm.demo_data import make_demo_data
+    from overlock_mm.datasets.demo import make_demo_data
 
     folder = tmp_path_factory.mktemp('demo')
     make_demo_data(folder / 'data' / 'demo', train=6, val=2, size=96)
@@ -37,7 +35,38 @@ def log(request):
     logger.removeHandler(handler)
 
 
-def tool(name):
-    """The command line of a tool, to extend with its arguments; it runs on the CPU."""
-    hidden = ['env', 'CUDA_VISIBLE_DEVICES=']
-    return [*hidden, sys.executable, str(ROOT / 'tools' / name)]
+@pytest.fixture(scope='session')
+def configs(tmp_path_factory):
+    """The demo configs with a tiny backbone, and nothing random in the segmentor's.
+
+    What is random would differ after resuming: generators are not in a checkpoint.
+    """
+    folder = tmp_path_factory.mktemp('configs')
+    (folder / 'segmentor.py').write_text(f"""
+_base_ = {str(SEGMENTATION)!r}
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    backbone=dict(arch=dict(_delete_=True, **{TINY})),
+    decode_head=dict(in_channels={CHANNELS}, channels=16, dropout_ratio=0.0),
+    auxiliary_head=dict(in_channels={CHANNELS[2]}, channels=16, dropout_ratio=0.0))
+train_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+    dict(type='Resize', scale=(64, 64)), dict(type='PackSegInputs')]
+train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
+train_cfg = dict(max_iters=6, val_interval=6)
+default_hooks = dict(logger=dict(interval=1),
+                     checkpoint=dict(interval=3, max_keep_ckpts=-1))
+""")
+    (folder / 'averaged.py').write_text(f"""
+_base_ = {str(folder / 'segmentor.py')!r}
+custom_hooks = [dict(type='EMAHook')]
+""")
+    (folder / 'detector.py').write_text(f"""
+_base_ = {str(DETECTION)!r}
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, **{TINY})), neck=dict(in_channels={CHANNELS}),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=50, max_per_img=50)),
+    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20)))
+train_cfg = dict(max_epochs=1, val_interval=1)
+""")
+    return folder

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, TINY
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
-from test_overlock import TINY
 
 from overlock_mm import OverLoCK
 
@@ -406,7 +405,7 @@ def test_shared_settings(path):
 
 
 def test_demo_classes_are_those_of_the_data():
-    from overlock_mm.demo_data import CLASSES, PALETTE
+    from overlock_mm.datasets.demo import CLASSES, PALETTE
 
     for task, first in (('segmentation', 0), ('detection', 1)):
         (path,) = (ROOT / 'configs' / task).glob('*demo.py')

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import changed, classifier_state
-from test_overlock import TINY, tiny
+from helpers import TINY, changed, classifier_state, tiny
 
 from overlock_mm import OverLoCK, load_checkpoint
+from overlock_mm.checkpoint import read_weights, write_weights
 from overlock_mm.convert import convert_checkpoint
+from overlock_mm.errors import CheckpointError
 from overlock_mm.version import __version__
-from overlock_mm.weights_file import CheckpointError, read_weights, write_weights
 
 CLASSES, PALETTE = ('wall', 'sky'), [[0, 0, 0], [9, 9, 9]]
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_overlock import TINY, image, randomised, relative_error
-from test_parity import filled
+from helpers import TINY, filled, image, randomised, relative_error
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import group_parameters
 from timm.task import ClassificationTask
@@ -20,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import overlock_mm.timm
 from overlock_mm import OverLoCK, fold
+from overlock_mm.errors import CheckpointError
 from overlock_mm.timm import AuxiliaryLoss, OverLoCKClassifier
-from overlock_mm.weights_file import CheckpointError
 
 MODELS = ['overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b']
 MANIFEST = json.loads((Path(__file__).parent / 'parity/manifest.json').read_text())

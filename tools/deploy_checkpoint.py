@@ -12,9 +12,8 @@ try:
     import torch
 
     from overlock_mm import OverLoCK, cli
-    from overlock_mm.checkpoint import fit
+    from overlock_mm.checkpoint import fit, read_weights, write_weights
     from overlock_mm.convert import origin
-    from overlock_mm.weights_file import read_weights, write_weights
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f'error: {error.name.partition(".")[0]} is not installed; in the folder of '

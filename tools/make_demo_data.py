@@ -1,4 +1,4 @@
-"""Make the demo data set, see overlock_mm/demo_data.py."""
+"""Make the demo data set, see overlock_mm/datasets/demo.py."""
 
 import argparse
 
@@ -18,7 +18,7 @@ def main() -> None:
 
     try:
         # not at the top: it imports torch, which --help does without
-        from overlock_mm.demo_data import make_demo_data
+        from overlock_mm.datasets.demo import make_demo_data
     except ImportError as error:
         parser.exit(
             2,

@@ -5,7 +5,7 @@ import sys
 
 try:
     from overlock_mm import cli
-    from overlock_mm.weights_file import CheckpointError
+    from overlock_mm.errors import CheckpointError
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f'error: {error.name.partition(".")[0]} is not installed; in the folder of '

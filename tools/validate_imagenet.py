@@ -16,8 +16,7 @@ try:
 
     import overlock_mm.timm
     from overlock_mm import cli
-    from overlock_mm.checkpoint import fit, form_of, unwrap
-    from overlock_mm.weights_file import read_weights
+    from overlock_mm.checkpoint import fit, form_of, read_weights, unwrap
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f'error: {error.name.partition(".")[0]} is not installed; in the folder of '

@@ -6,21 +6,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..archs import DILATED_BRANCHES
 from ..ops.depthwise import DepthwiseConv2d
 from ..ops.modes import is_compiling
-
-# Kernel size and dilation of the branches beside each large kernel, as in
-# UniRepLKNet (https://arxiv.org/abs/2311.15599).
-DILATED_BRANCHES = {
-    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
-    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
-    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
-    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
-    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
-    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
-    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
-    5: ((3, 1), (3, 2)),
-}
+from ..ops.reparam import batch_norm_affine, branch_names, merge_branches
 
 
 class ResDWConv(DepthwiseConv2d):
@@ -189,19 +178,12 @@ class DilatedReparamBlock(nn.Module):
         if self.deploy:
             return
         old = self.lk_origin
-        scale, bias = affine(self.origin_bn)
-        kernel = old.weight.double() * scale.view(-1, 1, 1, 1)
-        for k, r in self.branches:
-            conv, bn = self._branch(k, r)
-            scale, shift = affine(bn)
-            reach = r * (k - 1) // 2
-            edge = old.kernel_size[0] // 2 - reach
-            span = slice(edge, edge + 2 * reach + 1, r)
-            kernel[:, :, span, span] += conv.weight.double() * scale.view(-1, 1, 1, 1)
-            bias += shift
-            delattr(self, f'dil_conv_k{k}_{r}')
-            delattr(self, f'dil_bn_k{k}_{r}')
-        del self.origin_bn
+        kernel, bias = merge_branches(
+            self.state_dict(), old.kernel_size[0], self.origin_bn.eps
+        )
+        for conv, (bn, *_) in branch_names(old.kernel_size[0]).items():
+            delattr(self, conv)
+            delattr(self, bn)
         merged = DepthwiseConv2d(old.in_channels, old.kernel_size[0])
         self.lk_origin = merged.to(old.weight.device, old.weight.dtype)
         self.lk_origin.weight.copy_(kernel)
@@ -212,11 +194,10 @@ class DilatedReparamBlock(nn.Module):
 
 def affine(layer: _BatchNorm | LayerScale) -> tuple[Tensor, Tensor]:
     """Scale and shift of every channel, (C,) each in float64, in evaluation mode."""
-    scale, shift = layer.weight.double().flatten(), layer.bias.double()
     if isinstance(layer, _BatchNorm):
-        scale = scale / (layer.running_var.double() + layer.eps).sqrt()
-        shift = shift - layer.running_mean.double() * scale
-    return scale, shift
+        statistics = layer.running_mean, layer.running_var, layer.eps
+        return batch_norm_affine(layer.weight, layer.bias, *statistics)
+    return layer.weight.double().flatten(), layer.bias.double()
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,25 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..archs import (
+    ARCHS,
+    PARTS_FROM,
+    STRIDES,
+    channels_of,
+    context_channels,
+    settings_of,
+)
 from ..checkpoint import load_checkpoint
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import DilatedReparamBlock, LayerScale, resize
 
-_ARCH_FIELDS = dict(depths=4, focus_depths=2, embed_dims=4, kernel_sizes=4, focus_heads=2)
 _MIN_SIDE = 32
-# The parts that only the map of this index and later ones need.
-PARTS_FROM = {
-    1: ('patch_embed2', 'blocks2'),
-    2: (
-        'patch_embed3',
-        'blocks3',
-        'patch_embed4',
-        'blocks4',
-        'high_level_proj',
-        'sub_blocks3',
-    ),
-    3: ('patch_embedx', 'sub_blocks4'),
-}
 
 
 @MODELS.register_module()
@@ -89,32 +83,15 @@ class OverLoCK(BaseModule):
         True
     """
 
-    # fmt: off
-    arch_settings = {
-        **dict.fromkeys(['xt', 'extreme-tiny'], dict(
-            depths=(2, 2, 3, 2), focus_depths=(6, 2), embed_dims=(56, 112, 256, 336),
-            kernel_sizes=(17, 15, 13, 7), focus_heads=(4, 6))),
-        **dict.fromkeys(['t', 'tiny'], dict(
-            depths=(4, 4, 6, 2), focus_depths=(12, 2), embed_dims=(64, 128, 256, 512),
-            kernel_sizes=(17, 15, 13, 7), focus_heads=(4, 8))),
-        **dict.fromkeys(['s', 'small'], dict(
-            depths=(6, 6, 8, 3), focus_depths=(16, 3), embed_dims=(64, 128, 320, 512),
-            kernel_sizes=(17, 15, 13, 7), focus_heads=(8, 16))),
-        **dict.fromkeys(['b', 'base'], dict(
-            depths=(8, 8, 10, 4), focus_depths=(20, 4), embed_dims=(80, 160, 384, 576),
-            kernel_sizes=(17, 15, 13, 7), focus_heads=(6, 9))),
-    }
-    # fmt: on
-    strides = (4, 8, 16, 32)
+    arch_settings = ARCHS
+    strides = STRIDES
     # Children that only training uses; fold() drops them.
     training_only: tuple[str, ...] = ()
 
     @classmethod
     def channels_of(cls, arch: str | dict) -> tuple[int, int, int, int]:
         """Channels of the four maps (of strides ``OverLoCK.strides``) of ``arch``."""
-        dims = cls._settings(arch)['embed_dims']
-        context_dim = dims[3] // 4
-        return dims[0], dims[1], dims[2] + context_dim, dims[3] + context_dim
+        return channels_of(arch)
 
     def __init__(
         self,
@@ -130,10 +107,10 @@ class OverLoCK(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
-        settings = self._settings(arch)
+        settings = settings_of(arch)
         dims, kernels = settings['embed_dims'], settings['kernel_sizes']
         depths, focus_depths = settings['depths'], settings['focus_depths']
-        heads, context_dim = settings['focus_heads'], dims[3] // 4
+        heads, context_dim = settings['focus_heads'], context_channels(arch)
         channels = self.channels_of(arch)
         out_indices = _as_tuple(out_indices)
         if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
@@ -373,36 +350,6 @@ class OverLoCK(BaseModule):
         if self.context_skip and deepest < 3:
             parts += ['extra_norm.4', 'h_proj']
         return tuple(f'{part}.' for part in parts)
-
-    @classmethod
-    def _settings(cls, arch: str | dict) -> dict:
-        if isinstance(arch, str):
-            if arch not in cls.arch_settings:
-                raise ValueError(
-                    f'arch={arch!r} is none of {sorted(cls.arch_settings)}; '
-                    f'or give a dict with {sorted(_ARCH_FIELDS)}'
-                )
-            return cls.arch_settings[arch]
-        given = {k: len(_as_tuple(v)) for k, v in arch.items()}
-        if given != _ARCH_FIELDS:
-            raise ValueError(
-                f'an arch dict needs exactly these fields and lengths: '
-                f'{_ARCH_FIELDS}, got {given}'
-            )
-        if min(v for values in arch.values() for v in values) < 1:
-            raise ValueError(f'every number of an arch dict must be at least 1, got {arch}')
-        dims, heads = arch['embed_dims'], arch['focus_heads']
-        if (
-            dims[0] % 2
-            or dims[3] % 4
-            or any(d % (4 * h) for d, h in zip(dims[2:], heads, strict=True))
-        ):
-            raise ValueError(
-                f'embed_dims={tuple(dims)} must be even in stage 1, a multiple of 4 in '
-                'stage 4, and of 4 * focus_heads in stages 3 and 4, with focus_heads='
-                f'{tuple(heads)}'
-            )
-        return {k: tuple(v) for k, v in arch.items()}
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -13,23 +13,22 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
-from mmengine.config import Config
-from test_parity import (
+from helpers import (
     CASES,
     MANIFEST,
+    ROOT,
     build,
     check_outputs,
     listing,
     parity_image,
     parity_value,
 )
+from mmengine.config import Config
 
 import overlock_mm.timm  # noqa: F401
 from overlock_mm import OverLoCK, cli, load_checkpoint
-from overlock_mm.checkpoint import unwrap
+from overlock_mm.checkpoint import read_weights, unwrap
 from overlock_mm.convert import convert_checkpoint
-from overlock_mm.weights_file import read_weights
 
 HEADS = json.loads((CASES / 'heads.json').read_text())
 NAMES = dict(xt='xt', t='tiny', s='small', b='base')

@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT
 
 from overlock_mm.ops import depthwise_triton
 from overlock_mm.ops.depthwise_triton import forward, input_grad, unsupported, weight_grad
@@ -279,9 +279,8 @@ for config in sys.argv[1:]:
 
 def test_compiles_for_gpus(tmp_path):
     """To machine code, which needs no GPU, with all that a lane holds in registers."""
-    root = Path(__file__).resolve().parent.parent
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    environment |= {'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(root)}
+    environment |= {'TRITON_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(ROOT)}
     configs = (
         '_conv_kernel bf16 17 90',
         '_weight_grad_kernel bf16 17 90',

@@ -3,66 +3,17 @@
 import json
 import pathlib
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
 import mmseg
 import pytest
 import torch
-from conftest import ROOT, tool
+from helpers import DETECTION, ROOT, SEGMENTATION, TINY, run, tool
 from mmengine.config import Config
 from mmengine.model.weight_init import PretrainedInit
-from test_overlock import TINY
 
 from overlock_mm import OverLoCK, cli
-
-SEGMENTATION = ROOT / 'configs/segmentation/upernet_overlock_xt_demo.py'
-DETECTION = ROOT / 'configs/detection/cascade_mask_rcnn_overlock_xt_demo.py'
-CHANNELS = list(OverLoCK.channels_of(TINY))
-
-
-def run(command, cwd, status=0):
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert result.returncode == status, result.stdout[-3000:] + result.stderr[-3000:]
-    return result
-
-
-@pytest.fixture(scope='module')
-def configs(tmp_path_factory):
-    """The demo configs with a tiny backbone, and nothing random in the segmentor's.
-
-    What is random would differ after resuming: generators are not in a checkpoint.
-    """
-    folder = tmp_path_factory.mktemp('configs')
-    (folder / 'segmentor.py').write_text(f"""
-_base_ = {str(SEGMENTATION)!r}
-model = dict(
-    data_preprocessor=dict(size=(64, 64)),
-    backbone=dict(arch=dict(_delete_=True, **{TINY})),
-    decode_head=dict(in_channels={CHANNELS}, channels=16, dropout_ratio=0.0),
-    auxiliary_head=dict(in_channels={CHANNELS[2]}, channels=16, dropout_ratio=0.0))
-train_pipeline = [
-    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
-    dict(type='Resize', scale=(64, 64)), dict(type='PackSegInputs')]
-train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
-train_cfg = dict(max_iters=6, val_interval=6)
-default_hooks = dict(logger=dict(interval=1),
-                     checkpoint=dict(interval=3, max_keep_ckpts=-1))
-""")
-    (folder / 'averaged.py').write_text(f"""
-_base_ = {str(folder / 'segmentor.py')!r}
-custom_hooks = [dict(type='EMAHook')]
-""")
-    (folder / 'detector.py').write_text(f"""
-_base_ = {str(DETECTION)!r}
-model = dict(
-    backbone=dict(arch=dict(_delete_=True, **{TINY})), neck=dict(in_channels={CHANNELS}),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=50, max_per_img=50)),
-    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20)))
-train_cfg = dict(max_epochs=1, val_interval=1)
-""")
-    return folder
 
 
 @pytest.fixture(scope='module')

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, tool
+from helpers import ROOT, filled, tool
 from PIL import Image
-from test_parity import filled
 
 import overlock_mm.timm  # noqa: F401 (registers the models)
 

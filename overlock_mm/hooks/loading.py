@@ -1,4 +1,4 @@
-"""A hook of mmengine's Runner; apart from the package's own imports as it needs OpenCV."""
+"""Strict loading of `load_from` and `resume`, with any tool of the toolboxes."""
 
 import logging
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .checkpoint import fit, unwrapped
-from .models import OverLoCK
-from .weights_file import CheckpointError, read_weights
+from ..checkpoint import fit, read_weights, unwrapped
+from ..errors import CheckpointError
+from ..models import OverLoCK
 
 
 @HOOKS.register_module()

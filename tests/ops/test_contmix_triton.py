@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 
 from overlock_mm.ops import contmix, contmix_reference
 
@@ -276,7 +277,7 @@ def compile_kernels():
 def in_new_process(code, **variables):
     """The output of Python code in a process without the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    env |= {'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': f'{TESTS}:{TESTS.parent}'}
+    env |= {'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': f'{TESTS}:{ROOT}/tests:{ROOT}'}
     run = subprocess.run(
         [sys.executable, '-c', code], env=env | variables, capture_output=True, text=True
     )

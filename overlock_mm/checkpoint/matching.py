@@ -1,49 +1,21 @@
 """Loading weights into a model, with a report of what fitted, or saying why not."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .weights_file import CheckpointError, read_weights
+from ..archs import DILATED_BRANCHES
+from ..errors import CheckpointError
+from ..ops.reparam import branch_names, merge_branches
+from .files import read_weights
+from .forms import OPTION, Form, first, form_of, is_deploy, unwrap, unwrapped
 
-# Where a checkpoint has its weights; of averaged and last ones, the averaged ones.
-_WRAPPERS = ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'model')
-# Parts of names that distributed and compiled models add.
-_MODULE = re.compile(r'(?:^|(?<=backbone\.))(?:module\.|_orig_mod\.)+')
 # What an ImageNet classifier holds beside the backbone, and what the dense form adds.
 _CLASSIFIER = ('head.', 'aux_head.')
 _DENSE_ONLY = ('extra_norm.', 'h_proj.')
-# The option of OverLoCK that makes a form.
-_OPTION = {
-    'classification': '',
-    'segmentation': ' (context_skip=False)',
-    'detection': ' (context_skip=True)',
-}
-_SHOWN = 5
-
-
-class Form(NamedTuple):
-    """What kind of OverLoCK a state dict is of."""
-
-    # 'xt', 't', 's', 'b', or a dict of sizes, None where parts are absent; '' if it is
-    # no OverLoCK at all
-    arch: str | dict
-    task: str  # 'classification', 'segmentation' or 'detection'
-    deploy: bool
-
-    def __str__(self):
-        if not self.arch:
-            return 'no OverLoCK'
-        form = 'deploy' if self.deploy else 'training'
-        arch = self.arch
-        if isinstance(arch, dict):
-            arch = f'of embed_dims {arch["embed_dims"]} and depths {arch["depths"]}'
-        return f'OverLoCK {arch}, {self.task} form{_OPTION[self.task]}, {form} form'
 
 
 @dataclass
@@ -85,7 +57,7 @@ class LoadReport:
         ]
         for what, names in rows:
             if names or what == 'loaded':
-                shown = '' if what == 'loaded' else f'  {_first(names)}'
+                shown = '' if what == 'loaded' else f'  {first(names)}'
                 lines.append(f'  {len(names):5d} {what}{shown}')
         return '\n'.join(lines)
 
@@ -115,7 +87,7 @@ def load_checkpoint(
 
     Args:
         model: an OverLoCK, or a detector or segmentor whose ``backbone`` is one.
-        source: path or URL, see ``overlock_mm.weights_file.read_weights``.
+        source: path or URL, see ``overlock_mm.checkpoint.read_weights``.
         prefix: load the entries of the file whose names start with it; found by itself
             where it is ``'backbone.'``.
         strict: fail, and load nothing, if anything else is missing, unexpected or of
@@ -177,7 +149,7 @@ def fit(
     report = LoadReport(str(source), key, form_of(state, at), form_of(own, at))
     if others:
         report.absent['parts of another model around the backbone'] = others
-    if _is_deploy(own, at) and not _is_deploy(state, at):
+    if is_deploy(own, at) and not is_deploy(state, at):
         state = _merged(state)
 
     heads, left_out, dense = (
@@ -223,45 +195,6 @@ def fit(
     return report, {k: state[k] for k in report.loaded}
 
 
-def unwrap(content, source: str) -> tuple[str, dict[str, Tensor]]:
-    """The key that a checkpoint has its tensors under ('' if bare), and the tensors.
-
-    Raises:
-        CheckpointError: if there is no state dict in it.
-    """
-    held = content if isinstance(content, dict) else {}
-    found = []
-    for key, inner in (*((k, held.get(k)) for k in _WRAPPERS), ('', held)):
-        if not isinstance(inner, dict):
-            continue
-        tensors = {
-            _MODULE.sub('', k): v
-            for k, v in inner.items()
-            if isinstance(k, str) and torch.is_tensor(v)
-        }
-        if tensors:
-            found.append((key, tensors))
-    if found:  # beside averaged weights there may be tensors that are none
-        ours = (f for f in found if any('patch_embed1.' in k for k in f[1]))
-        return next(ours, found[0])
-    what = f'a {type(content).__name__}'
-    if isinstance(content, dict):
-        what = f'a dict with {_first(list(map(str, content))) or "nothing in it"}'
-    raise CheckpointError(
-        f'{source} holds {what}, no state dict; weights are looked for at the top and '
-        f'under {", ".join(_WRAPPERS)}'
-    )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in distributed, compiled, or augmented ones."""
-    for name in ('_orig_mod', 'module'):
-        inner = model._modules.get(name)
-        if inner is not None:
-            return unwrapped(inner)
-    return model
-
-
 def _set_apart(report, entries, reasons):
     """Entries without those that are expected to be in the file or the model alone."""
     for why, expected in reasons.items():
@@ -294,84 +227,42 @@ def _select(state, prefix, at, source):
         begins = sorted({k.partition('.')[0] for k in others})
         raise CheckpointError(
             f'{source} has no entry that begins with prefix={prefix!r}; its entries begin '
-            f'with {_first(begins)}'
+            f'with {first(begins)}'
         )
     bare = at != '' and any(k.startswith('patch_embed1.') for k in state)
     return {(at if bare else '') + k: v for k, v in state.items()}, others, bare
 
 
-def _is_deploy(state, at) -> bool:
-    return f'{at}blocks1.0.proj.1.lk_origin.bias' in state
-
-
-def form_of(state: dict[str, Tensor], at: str = '') -> Form:
-    """What a state dict is of, by its entries.
-
-    Args:
-        state: tensors by their names.
-        at: what the names of the backbone's entries begin with.
-    """
-    from .models import OverLoCK
-
-    own = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
-
-    def sizes(axis, *names):
-        held = (own.get(n) for n in names)
-        return tuple(
-            None if v is None or not v.ndim else v.shape[axis] or None for v in held
-        )
-
-    def depths(*parts):
-        found = ({k.split('.')[1] for k in own if k.startswith(f'{p}.')} for p in parts)
-        return tuple(len(blocks) or None for blocks in found)
-
-    stems = ('patch_embed1.6.weight', *(f'patch_embed{i}.0.weight' for i in (2, 3, 4)))
-    kernels = (f'blocks{i}.0.proj.1.lk_origin.weight' for i in (1, 2, 3, 4))
-    heads = sizes(0, 'sub_blocks3.0.rpb1', 'sub_blocks4.0.rpb1')
-    arch = dict(
-        embed_dims=sizes(0, *stems),
-        depths=depths('blocks1', 'blocks2', 'blocks3', 'blocks4'),
-        focus_depths=depths('sub_blocks3', 'sub_blocks4'),
-        kernel_sizes=sizes(-1, *kernels),
-        focus_heads=tuple(h and h // 2 for h in heads),
-    )
-    if arch['embed_dims'][0] is None:
-        return Form('', '', False)
-    for name in ('xt', 't', 's', 'b'):
-        known = OverLoCK.arch_settings[name]
-        if all(
-            v in (None, w) for k in arch for v, w in zip(arch[k], known[k], strict=True)
-        ):
-            arch = name
-            break
-    task = 'classification'
-    if any(k.startswith(('h_proj.', 'extra_norm.4.')) for k in own):
-        task = 'detection'
-    elif any(k.startswith('extra_norm.') for k in own):
-        task = 'segmentation'
-    return Form(arch, task, _is_deploy(state, at))
-
-
 def _merged(state):
     """A state dict in training form, with the dilated branches merged."""
-    from .models.layers import DILATED_BRANCHES, DilatedReparamBlock
-
     merged = dict(state)
     for name, kernel in state.items():
-        if not name.endswith('.lk_origin.weight'):
+        place, is_large, _ = name.rpartition('lk_origin.weight')
+        size = kernel.shape[-1] if kernel.ndim == 4 else None
+        if not is_large or size not in DILATED_BRANCHES:
+            continue  # reported as a shape mismatch
+        own = {k.removeprefix(place): v for k, v in state.items() if k.startswith(place)}
+        if not _has_branches(own, kernel):
             continue
-        if kernel.ndim != 4 or kernel.shape[-1] not in DILATED_BRANCHES:
-            continue  # told as of another shape
-        place = name.removesuffix('lk_origin.weight')
-        block = DilatedReparamBlock(len(kernel), kernel.shape[-1])
+        weight, bias = merge_branches(own, size)
         # half precision would be rounded twice
-        block.to(torch.promote_types(kernel.dtype, torch.float32))
-        shapes = {place + k: v.shape for k, v in block.state_dict().items()}
-        if all(k in state and state[k].shape == v for k, v in shapes.items()):
-            block.load_state_dict({k.removeprefix(place): merged.pop(k) for k in shapes})
-            block.switch_to_deploy()
-            merged.update({place + k: v for k, v in block.state_dict().items()})
+        dtype = torch.promote_types(kernel.dtype, torch.float32)
+        for k in own:
+            del merged[place + k]
+        merged[f'{place}lk_origin.weight'] = weight.to(dtype)
+        merged[f'{place}lk_origin.bias'] = bias.to(dtype)
     return merged
+
+
+def _has_branches(own, kernel) -> bool:
+    """Whether all branches of a large kernel are there, in the shapes that it needs."""
+    channels, size = len(kernel), kernel.shape[-1]
+    shapes = {}
+    for conv, (bn, k, _) in branch_names(size).items():
+        shapes[f'{conv}.weight'] = (channels, 1, k, k)
+        for part in ('weight', 'bias', 'running_mean', 'running_var'):
+            shapes[f'{bn}.{part}'] = (channels,)
+    return all(k in own and own[k].shape == shape for k, shape in shapes.items())
 
 
 def _complaint(report, at, bare) -> str:
@@ -390,7 +281,7 @@ def _complaint(report, at, bare) -> str:
 def _listed(problems: dict[str, list[str]]) -> str:
     """One line that says which entries have which problem."""
     return '; '.join(
-        f'{len(v)} entries are {what}: {_first(v)}' for what, v in problems.items() if v
+        f'{len(v)} entries are {what}: {first(v)}' for what, v in problems.items() if v
     )
 
 
@@ -409,14 +300,14 @@ def _advice(report, at, bare) -> str:
         return (
             'It is of a model with other heads. Its backbone alone goes into '
             'init_cfg=dict(type="Pretrained", checkpoint=..., prefix="backbone.") of the '
-            f'backbone{_OPTION[file.task]}.'
+            f'backbone{OPTION[file.task]}.'
         )
     advice = []
     partial = isinstance(file.arch, dict) and None in sum(file.arch.values(), ())
     if file.arch != model.arch and not partial:
         advice.append(f'arch={file.arch!r}')
     if file.task != model.task and file.task != 'classification':
-        advice.append(f'{_OPTION[file.task].strip(" ()")}, for a {file.task} file')
+        advice.append(f'{OPTION[file.task].strip(" ()")}, for a {file.task} file')
     if file.deploy and not model.deploy:
         advice.append('deploy=True, for merged branches cannot be taken apart again')
     heads = {n.split()[0].rpartition('.')[0] for n in report.mismatched if at}
@@ -426,7 +317,3 @@ def _advice(report, at, bare) -> str:
     if not advice:
         return 'strict=False loads what fits and leaves the rest as it is.'
     return f'What reconciles them: {"; ".join(advice)}.'
-
-
-def _first(names) -> str:
-    return ', '.join(names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT, tool
+from helpers import ROOT, tool
 from PIL import Image
 
 from overlock_mm.ops import set_contmix_backend

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
+from helpers import Segmentor, changed
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from test_checkpoint import Segmentor, changed
 from torch import nn
 
+from overlock_mm.errors import CheckpointError
 from overlock_mm.hooks import StrictLoadingHook
-from overlock_mm.weights_file import CheckpointError
 
 
 class Untouched:

@@ -5,9 +5,8 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
-from test_tools import configs  # noqa: F401  a fixture
 
 
 @pytest.mark.parametrize(

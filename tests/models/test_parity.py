@@ -1,74 +1,18 @@
 """Backbone and classifier reproduce what the released code computes (parity/README.md)."""
 
-import hashlib
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from parity.fill import parity_image, parity_probe, parity_value
-
-from overlock_mm import OverLoCK
-from overlock_mm.timm import OverLoCKClassifier
-
-CASES = Path(__file__).parent / 'parity'
-MANIFEST = json.loads((CASES / 'manifest.json').read_text())
-
-
-def build(task, arch, deploy=False, **kwargs):
-    if task == 'cls':
-        return OverLoCKClassifier(arch, deploy=deploy, **kwargs)
-    return OverLoCK(arch, context_skip=task == 'det', deploy=deploy, **kwargs)
-
-
-def filled(model, dtype=torch.float64):
-    """Give every entry the value that its name stands for."""
-    model = model.to(dtype)  # first: the values are exact in float64 only
-    state = {
-        k: torch.from_numpy(np.asarray(parity_value(k, v.shape)))
-        for k, v in model.state_dict().items()
-    }
-    model.load_state_dict(state)
-    return model
-
-
-def relative_error(ours, theirs):
-    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-
-
-def probed(tensor, count=4096):
-    flat = tensor.detach().double().flatten().numpy()
-    return flat[parity_probe(flat.size, count)]
-
-
-def run_case(path, dtype):
-    task, arch, size, mode = path.stem.split('_')
-    model = build(task, arch, deploy=mode == 'deploy')
-    model = filled(model, dtype).train(mode == 'train')
-    image = torch.from_numpy(
-        parity_image((int(size.split('x')[0]), 3, *map(int, size.split('x')[1:])))
-    ).to(dtype)
-    return model, image, np.load(path)
-
-
-def as_tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def check_outputs(outputs, case, tolerance, name='out'):
-    outputs = as_tuple(outputs)
-    assert len(outputs) == sum(k.endswith('.shape') and k.startswith(name) for k in case)
-    for i, out in enumerate(outputs):
-        assert out.shape == tuple(case[f'{name}{i}.shape'])
-        assert relative_error(probed(out), case[f'{name}{i}.values']) < tolerance
-        assert out.abs().mean().item() == pytest.approx(
-            case[f'{name}{i}.absmean'].item(), rel=tolerance
-        )
-
-
-def case_id(path):
-    return path.stem
+from helpers import (
+    CASES,
+    MANIFEST,
+    build,
+    case_id,
+    check_outputs,
+    listing,
+    probed,
+    run_case,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +75,6 @@ def test_training_step(path, dtype, tolerance):
         ours = probed(grad, 8)
         error = np.linalg.norm(ours - values[: ours.size])
         assert error <= tolerance * np.linalg.norm(values[: ours.size]) + noise, name
-
-
-def listing(entries):
-    lines = sorted(
-        f'{name} ({", ".join(map(str, shape))}{"," * (len(shape) == 1)})'
-        for name, shape in entries.items()
-    )
-    return len(lines), hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
 
 @pytest.mark.parametrize('key', MANIFEST)

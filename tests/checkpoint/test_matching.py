@@ -10,23 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, Segmentor, changed, classifier_state, tiny
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
-from test_overlock import TINY, tiny
 from torch import nn
 
-from overlock_mm import OverLoCK, checkpoint, fold, load_checkpoint, weights_file
-from overlock_mm.weights_file import CheckpointError, cached, download, read_weights
-
-
-def classifier_state(model):
-    """The entries of an ImageNet file: the backbone without dense norms, and two heads."""
-    state = {
-        k: v
-        for k, v in model.state_dict().items()
-        if not k.startswith(('extra_norm.', 'h_proj.'))
-    }
-    return {**state, 'head.0.weight': torch.ones(4), 'aux_head.2.bias': torch.ones(2)}
+from overlock_mm import OverLoCK, checkpoint, fold, load_checkpoint
+from overlock_mm.checkpoint import download, read_weights
+from overlock_mm.checkpoint.download import cached
+from overlock_mm.errors import CheckpointError
 
 
 def load(path, state, prefix=None, **kwargs):
@@ -222,21 +214,6 @@ def test_other_initialisers_still_work():
     model = OverLoCK(TINY, init_cfg=[dict(type='Constant', layer='Conv2d', val=0.5)])
     model.init_weights()
     assert (model.blocks1[0].proj[4].weight == 0.5).all()
-
-
-class Segmentor(nn.Module):
-    def __init__(self, classes=3, **kwargs):
-        super().__init__()
-        self.backbone = tiny(**kwargs)
-        self.decode_head = nn.Conv2d(40, classes, 1)
-
-
-def changed(model):
-    """The same model with other values."""
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            value.add_(1)
-    return model
 
 
 def test_a_whole_model(tmp_path):
@@ -625,7 +602,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(Server, 'content', (tmp_path / 'source.pth').read_bytes())
     monkeypatch.setattr(Server, 'requests', [])
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
-    monkeypatch.setattr(weights_file, '_TIMEOUT', 0.5)
+    monkeypatch.setattr(checkpoint.download, '_TIMEOUT', 0.5)
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server) as running:
         running.stop = threading.Event()
@@ -671,7 +648,7 @@ def test_a_download_that_fails_leaves_nothing(tmp_path, server, name, reason):
 
 def test_where_downloads_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
-    released = cached(f'{weights_file.RELEASE}overlock_t_in1k_224.pth')
+    released = cached(f'{checkpoint.RELEASE}overlock_t_in1k_224.pth')
     assert released == tmp_path / 'checkpoints/overlock_t_in1k_224.pth'  # as by torch.hub
     others = {cached(f'https://example.com/{i}/model.safetensors') for i in 'ab'}
     assert len(others) == 2 and {path.suffix for path in others} == {'.safetensors'}

@@ -12,12 +12,12 @@ import imgviz
 import numpy as np
 import pytest
 import skimage
+from helpers import ROOT
 from pycocotools.coco import COCO
 
-from overlock_mm import demo_data
-from overlock_mm.demo_data import BACKGROUNDS, CLASSES, PALETTE, PERSONS, make_demo_data
+from overlock_mm.datasets import demo as demo_data
+from overlock_mm.datasets.demo import BACKGROUNDS, CLASSES, PALETTE, PERSONS, make_demo_data
 
-REPO = Path(__file__).resolve().parents[1]
 SPLITS = ('training', 'validation')
 SMALL = dict(train=4, val=2, size=96)
 # What make_demo_data writes by default, from its documentation.
@@ -306,7 +306,7 @@ def test_a_foreign_folder_is_refused(tmp_path, files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     before = files_of(tmp_path)
-    with pytest.raises(FileExistsError, match=str(root)):
+    with pytest.raises(FileExistsError, match=str(ROOT)):
         make_demo_data(root, **SMALL)
     assert files_of(tmp_path) == before
 
@@ -360,8 +360,8 @@ def test_a_background_that_is_not_installed(tmp_path, monkeypatch):
 
 def tool(*arguments, path=()):
     """Run the tool with the package, and what is in ``path``, importable."""
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, [*path, REPO]))}
-    command = [sys.executable, '-W', 'ignore', str(REPO / 'tools' / 'make_demo_data.py')]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, [*path, ROOT]))}
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / 'make_demo_data.py')]
     return subprocess.run(
         [*command, *map(str, arguments)], env=env, capture_output=True, text=True
     )
@@ -373,13 +373,13 @@ def test_command_line(tmp_path):
     first = tool(*arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count('\n') == 1
-    for part in ('Wrote', '4 training', '2 validation', '96x96', 'seed 3', str(root)):
+    for part in ('Wrote', '4 training', '2 validation', '96x96', 'seed 3', str(ROOT)):
         assert part in first.stdout
     make_demo_data(tmp_path / 'called', seed=3, **SMALL)
     assert files_of(root) == files_of(tmp_path / 'called')
     second = tool(*arguments)
     assert second.returncode == 0
-    assert second.stdout.startswith('Nothing to do') and str(root) in second.stdout
+    assert second.stdout.startswith('Nothing to do') and str(ROOT) in second.stdout
 
 
 def failed(run):

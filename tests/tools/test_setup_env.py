@@ -6,7 +6,7 @@ import stat
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PINS = {'onedl-mmcv': '1.0', 'torch': '2.0'}
 

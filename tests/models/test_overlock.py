@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import TINY, filled, image, randomised, relative_error, tiny
 from mmengine.registry import MODELS, Registry
-from test_parity import filled
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,43 +19,8 @@ from overlock_mm.models.layers import (
     GlobalResponseNorm,
 )
 
+
 # the same structure as the real ones, small enough for many tests
-TINY = dict(
-    depths=(1, 1, 1, 1),
-    focus_depths=(2, 2),
-    embed_dims=(8, 16, 32, 32),
-    kernel_sizes=(7, 7, 5, 5),
-    focus_heads=(2, 2),
-)
-
-
-def tiny(**kwargs):
-    torch.manual_seed(0)
-    return randomised(OverLoCK(TINY, **kwargs))
-
-
-def randomised(model):
-    """Statistics and weights as after some training, so that nothing is an identity."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator)
-                if name.endswith('running_var'):
-                    tensor.copy_(noise.abs() + 0.5)
-                else:
-                    tensor.add_(0.1 * noise)
-    return model
-
-
-def image(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-
-
-def relative_error(out, expected):
-    return ((out - expected).norm() / expected.norm()).item()
-
-
 @pytest.mark.parametrize(
     'arch, long_name',
     [('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')],

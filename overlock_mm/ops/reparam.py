@@ -1,0 +1,55 @@
+"""Re-parameterisation: the dilated branches of a large kernel as one convolution."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..archs import DILATED_BRANCHES
+
+
+def batch_norm_affine(
+    weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift, ``(C,)`` each in float64, of a batch norm in evaluation mode."""
+    scale = weight.double() / (var.double() + eps).sqrt()
+    return scale, bias.double() - mean.double() * scale
+
+
+def branch_names(kernel_size: int) -> dict[str, tuple[str, int, int]]:
+    """The branches of a large kernel: convolution -> its batch norm, k and dilation."""
+    names = {'lk_origin': ('origin_bn', kernel_size, 1)}
+    for k, r in DILATED_BRANCHES[kernel_size]:
+        names[f'dil_conv_k{k}_{r}'] = (f'dil_bn_k{k}_{r}', k, r)
+    return names
+
+
+def merge_branches(
+    state: Mapping[str, Tensor], kernel_size: int, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Merge the branches of a ``DilatedReparamBlock`` and their batch norms.
+
+    Args:
+        state: its state dict in training form, by names such as ``lk_origin.weight``.
+        kernel_size: size K of the large kernel.
+        eps: of the batch norms.
+
+    Returns:
+        Kernel ``(C, 1, K, K)`` and bias ``(C,)`` of the one convolution, in float64.
+
+    Raises:
+        KeyError: if a tensor is missing.
+    """
+    kernel = bias = 0
+    for conv, (bn, k, r) in branch_names(kernel_size).items():
+        norm = ('weight', 'bias', 'running_mean', 'running_var')
+        scale, shift = batch_norm_affine(*(state[f'{bn}.{n}'] for n in norm), eps)
+        weight = state[f'{conv}.weight'].double() * scale.view(-1, 1, 1, 1)
+        if conv == 'lk_origin':
+            kernel, bias = weight, shift
+            continue
+        reach = r * (k - 1) // 2
+        edge = kernel_size // 2 - reach
+        span = slice(edge, edge + 2 * reach + 1, r)
+        kernel[:, :, span, span] += weight
+        bias = bias + shift
+    return kernel, bias
