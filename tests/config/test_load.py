@@ -7,7 +7,13 @@ from helpers import DETECTION, SEGMENTATION, TINY
 from mmengine.config import Config
 
 from overlock_mm import OverLoCK
-from overlock_mm.config.load import build_model, load_config, load_run_config, toolbox_of
+from overlock_mm.config.load import (
+    _require_working,
+    build_model,
+    load_config,
+    load_run_config,
+    toolbox_of,
+)
 from overlock_mm.errors import UserError
 
 # types are classes; no default_scope, no hooks, no runtime
@@ -139,3 +145,12 @@ def test_missing_toolbox(monkeypatch, absent, config, message):
     )
     with pytest.raises(UserError, match=message):
         load_config(config)
+
+
+def test_a_toolbox_that_lacks_a_package(monkeypatch):
+    def without_ftfy(name):
+        raise ModuleNotFoundError(f'import of {name} needs it', name='ftfy')
+
+    monkeypatch.setattr(importlib, 'import_module', without_ftfy)
+    with pytest.raises(UserError, match='MMSegmentation needs ftfy.*pip install ftfy'):
+        _require_working('mmseg')

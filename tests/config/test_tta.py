@@ -20,9 +20,7 @@ GIVEN = [
         ],
     ),
 ]
-FLIPS = [
-    dict(type='mmseg.RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)
-]
+FLIPS = [dict(type='mmseg.RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)]
 
 
 def config(dataset, scope='mmseg', **entries):
@@ -42,7 +40,8 @@ def test_what_the_config_says():
     assert use_tta(cfg, 'mmseg') == []
     one, other = cfg.test_dataloader.dataset.datasets
     assert one.pipeline == GIVEN
-    assert other.dataset.pipeline[1].transforms == [GIVEN[1]['transforms'][i] for i in (0, 2)]
+    flips, _, pack = GIVEN[1]['transforms']
+    assert other.dataset.pipeline[1].transforms == [flips, pack]
     assert cfg.model == dict(type='MyTTAModel', module=dict(type='EncoderDecoder'))
     assert cfg.tta_pipeline == GIVEN and 'module' not in cfg.tta_model
 
