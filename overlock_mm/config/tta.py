@@ -4,17 +4,17 @@ import copy
 from collections.abc import Callable
 
 from mmengine.config import ConfigDict
-from mmengine.registry import TRANSFORMS
+from mmengine.registry import MODELS, TRANSFORMS, Registry
 
 from ..errors import UserError
 from .edit import class_of, evaluators, inner_datasets, is_a, loading_options
 
 _TTA_MODELS = dict(
     mmdet=dict(
-        type='mmdet.DetTTAModel',
+        type='DetTTAModel',
         tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
     ),
-    mmseg=dict(type='mmseg.SegTTAModel'),
+    mmseg=dict(type='SegTTAModel'),
 )
 
 
@@ -50,10 +50,19 @@ def use_tta(cfg, toolbox: str) -> list[str]:
     preprocessor = cfg.pop('data_preprocessor', None)
     if preprocessor is not None:
         cfg.model.setdefault('data_preprocessor', preprocessor)
-    wrapper = copy.deepcopy(cfg.get('tta_model') or ConfigDict(_TTA_MODELS[toolbox]))
+    wrapper = copy.deepcopy(cfg.get('tta_model'))
+    if not wrapper:
+        wrapper = ConfigDict(_TTA_MODELS[toolbox])
+        wrapper.type = _name_anywhere(wrapper.type, MODELS, toolbox)
     wrapper['module'] = cfg.model
     cfg.model = wrapper
     return notes
+
+
+def _name_anywhere(kind: str, registry: Registry, toolbox: str) -> str:
+    """The name with which a toolbox's class is found from every default scope."""
+    found = class_of(dict(type=kind), registry, toolbox)
+    return f'{found.__module__}.{found.__name__}'
 
 
 def _without_masks(cfg) -> bool:
@@ -104,10 +113,8 @@ def _tta_pipeline(pipeline, given, toolbox: str, scope: str | None) -> list:
     if 'meta_keys' in last:  # which merging reads
         more = [k for k in ('flip', 'flip_direction') if k not in last['meta_keys']]
         last['meta_keys'] = (*last['meta_keys'], *more)
-    flips = [
-        dict(type=f'{toolbox}.RandomFlip', prob=p, direction='horizontal')
-        for p in (0.0, 1.0)
-    ]
+    flip = _name_anywhere('RandomFlip', TRANSFORMS, toolbox)
+    flips = [dict(type=flip, prob=p, direction='horizontal') for p in (0.0, 1.0)]
     # labels are read after the flip: they are compared as they are
     transforms = [flips, *([step] for step in labels), [last]]
     return [*steps, dict(type='TestTimeAug', transforms=transforms)]

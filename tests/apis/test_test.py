@@ -93,7 +93,6 @@ def test_segmentor(stock, checkpoints, label_maps, tmp_path):
     [
         "dict(type='EMAHook')",
         "dict(type='mmengine.EMAHook')",
-        "dict(type='mmseg.EMAHook', momentum=0.1)",
         "dict(type='mmengine.hooks.EMAHook')",
     ],
 )
@@ -135,7 +134,7 @@ tta_model = tta_pipeline = None
     metrics = test(path, checkpoints['mmseg'], fold=True, tta=True, **options)
     assert 'mIoU' in metrics and len(maps(tmp_path / 'out')) == 2
     dumped = load_config(tmp_path / 'runs' / 'pure.py')
-    assert dumped.model.type == 'mmseg.SegTTAModel'
+    assert dumped.model.type.endswith('.SegTTAModel')
     assert isinstance(build_model(dumped).module.backbone, OverLoCK)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from mmdet.datasets.transforms import PackDetInputs
 from mmengine.config import Config
+from mmseg.datasets.transforms import RandomFlip
 
 from overlock_mm.config.tta import use_tta
 from overlock_mm.errors import UserError
@@ -20,7 +21,8 @@ GIVEN = [
         ],
     ),
 ]
-FLIPS = [dict(type='mmseg.RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)]
+FLIP = f'{RandomFlip.__module__}.RandomFlip'
+FLIPS = [dict(type=FLIP, prob=p, direction='horizontal') for p in (0.0, 1.0)]
 
 
 def config(dataset, scope='mmseg', **entries):
@@ -57,7 +59,7 @@ def test_the_usual_way():
         dict(type='TestTimeAug', transforms=[FLIPS, [LABELS], [PACK]]),
     ]
     assert cfg.model == dict(
-        type='mmseg.SegTTAModel',
+        type='mmseg.models.segmentors.seg_tta.SegTTAModel',
         module=dict(type='EncoderDecoder', data_preprocessor=dict(a=1)),
     )
     assert 'data_preprocessor' not in cfg, 'the wrapper would take it before its own'
@@ -93,7 +95,7 @@ def test_boxes(pack):
     notes = use_tta(cfg, 'mmdet')
     assert 'masks are left out' in notes[0] and len(notes) == 2
     assert [e.metric for e in cfg.test_evaluator] == ['mAP', ['bbox'], ['bbox']]
-    assert cfg.model.type == 'mmdet.DetTTAModel'
+    assert cfg.model.type.endswith('.det_tta.DetTTAModel')
     roi_head = cfg.model.module.roi_head
     assert roi_head == dict(heads, mask_head=None, mask_roi_extractor=None)
     assert cfg.default_hooks.loading == dict(
