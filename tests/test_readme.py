@@ -1,65 +1,104 @@
-"""What README and the other documents say exists, and their Python code compiles."""
+"""The README's recipes, as they stand there, on the toolboxes' stock configs."""
 
-import ast
 import re
+from pathlib import Path
 
+import mmdet
+import mmseg
+import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 
-DOCUMENTS = [
-    *ROOT.glob('*.md'),
-    *ROOT.glob('docs/*.md'),
-    *ROOT.glob('benchmarks/*.md'),
-]
+from overlock_mm import OverLoCK
+from overlock_mm.config.load import build_model, load_config
+
+SECTION = (ROOT / 'README.md').read_text().split('## Use it in your own config')[1]
+BLOCKS = re.findall(r'```python\n(.*?)```', SECTION.split('\n## ')[0], re.DOTALL)
+STOCK = dict(
+    mmseg=('upernet', 'upernet_r50_4xb4-160k_ade20k-512x512.py', mmseg),
+    mmdet=('mask_rcnn', 'mask-rcnn_r50_fpn_1x_coco.py', mmdet),
+)
 
 
-def blocks(path, language):
-    return re.findall(rf'^```{language}\n(.*?)^```', path.read_text(), re.M | re.S)
+def block(text):
+    """The one code block that holds the text."""
+    (found,) = (code for code in BLOCKS if text in code)
+    return found
 
 
-def named(path):
-    return str(path.relative_to(ROOT))
+def segmentor_data():
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
+    labels = torch.from_numpy(np.arange(64 * 64).reshape(1, 64, 64) % 150)
+    sample.gt_sem_seg = PixelData(data=labels)
+    return sample
 
 
-@pytest.mark.parametrize('path', DOCUMENTS, ids=named)
-def test_links_lead_somewhere(path):
-    text = path.read_text()
-    links = re.findall(r'\]\(([^)#\s]+)', text)
-    for link in links:
-        if not link.startswith(('http://', 'https://')):
-            assert (path.parent / link).exists(), link
-    anchors = re.findall(r'\]\(#([^)]+)\)', text)
-    titles = [
-        t.strip('# ').lower().replace(' ', '-') for t in re.findall('^#+ .*', text, re.M)
+def detector_data():
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64)))
+    mask = np.zeros((1, 64, 64), np.uint8)
+    mask[:, 8:40, 8:48] = 1
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[8.0, 8.0, 48.0, 40.0]]),
+        labels=torch.tensor([3]),
+        masks=BitmapMasks(mask, 64, 64),
+    )
+    return sample
+
+
+@pytest.mark.parametrize(
+    'toolbox, name, sample',
+    [
+        ('mmseg', 'your_upernet_config.py', segmentor_data),
+        ('mmdet', 'your_mask_rcnn_config.py', detector_data),
+    ],
+)
+def test_recipes(toolbox, name, sample, tmp_path):
+    """A model that is built, and has a loss."""
+    folder, config, package = STOCK[toolbox]
+    stock = Path(package.__file__).parent / '.mim/configs' / folder / config
+    (tmp_path / name).write_text(f'_base_ = {str(stock)!r}\n')
+    (tmp_path / 'mine.py').write_text(block(name))
+    model = build_model(load_config(tmp_path / 'mine.py')).train()
+    assert isinstance(model.backbone, OverLoCK)
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    model.data_preprocessor.size = (64, 64)  # MMSegmentation's pads to its crop otherwise
+    # two images: the pooling branches of UPerNet have batch norms on one pixel each
+    data = model.data_preprocessor(
+        dict(inputs=[image, image], data_samples=[sample(), sample()]), training=True
+    )
+    with torch.no_grad():
+        total, _ = model.parse_losses(model(**data, mode='loss'))
+    assert total.isfinite() and total > 0
+
+
+def test_weights():
+    """The entry that starts from the ImageNet weights is one of the backbone."""
+    entries = {}
+    exec(block('init_cfg'), entries)
+    backbone = OverLoCK('xt', init_cfg=entries['init_cfg'])
+    assert backbone.init_cfg['checkpoint'].endswith('/v1/overlock_t_in1k_224.pth')
+
+
+def test_channels():
+    rows = re.findall(r'\| `(\w+)` \| ([\d, ]+) \|', SECTION)
+    assert len(rows) == 4
+    for arch, channels in rows:
+        assert tuple(map(int, channels.split(', '))) == OverLoCK.channels_of(arch)
+
+
+def test_without_a_toolbox():
+    names = {}
+    exec(block('import torch'), names)
+    channels = OverLoCK.channels_of('t')[1:]
+    shapes = [
+        (1, c, 224 // s, 320 // s) for c, s in zip(channels, (8, 16, 32), strict=True)
     ]
-    assert set(anchors) <= set(titles)
-    folders = 'configs|docs|tests|tools|overlock_mm|benchmarks'
-    for name in re.findall(rf'`((?:{folders})/[\w/.-]+)`', text):
-        assert (ROOT / name).exists() or 'NAME' in name, name
-
-
-@pytest.mark.parametrize('path', DOCUMENTS, ids=named)
-def test_commands_exist(path):
-    """Every tool, config and make target that is named, and every option of a tool."""
-    shared = (ROOT / 'overlock_mm/cli.py').read_text()
-    targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.M)
-    text = path.read_text()
-    for target in re.findall(r'`make ([\w-]+)`|^make ([\w-]+)', text, re.M):
-        assert (target[0] or target[1]) in targets, target
-    for command in re.findall(r'tools/\w+\.\w+[^`\n]*', text.replace('\\\n', ' ')):
-        tool, *words = command.partition('#')[0].split()
-        script = ROOT / tool.rstrip('.,:;)')
-        assert script.is_file(), tool
-        api = ROOT / 'overlock_mm/apis' / script.name
-        source = script.read_text() + shared + (api.read_text() if api.exists() else '')
-        for word in words:
-            if word.startswith('--'):
-                assert f"'{word.partition('=')[0]}'" in source, command
-            if word.startswith('configs/'):
-                assert (ROOT / word).is_file(), command
-
-
-@pytest.mark.parametrize('path', DOCUMENTS, ids=named)
-def test_python_code_compiles(path):
-    for block in blocks(path, 'python'):
-        ast.parse(block)
+    assert [tuple(m.shape) for m in names['maps']] == shapes

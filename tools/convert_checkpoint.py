@@ -5,20 +5,17 @@ or MMSegmentation 0.x with OverLoCK, and DST becomes one for mmengine and the co
 """
 
 import argparse
-import sys
 
-try:
+from _guard import installed
+
+with installed():
     import numpy as np
 
     from overlock_mm import cli
     from overlock_mm.checkpoint import fit, read_weights, write_weights
+    from overlock_mm.config.edit import without_pretrained
+    from overlock_mm.config.load import build_model, load_config
     from overlock_mm.convert import TARGETS, convert_checkpoint
-except ModuleNotFoundError as error:
-    sys.stderr.write(
-        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
-        "overlock_mm run: pip install -e '.[onedl]'\n"
-    )
-    sys.exit(2)
 
 
 def parse_args():
@@ -57,7 +54,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = cli.load_config(args.verify, args.cfg_options) if args.verify else None
+    cfg = load_config(args.verify, args.cfg_options) if args.verify else None
     suffixes = ['.safetensors'] if args.safetensors else ['.pth', '.safetensors']
     dst = cli.check_output(args.dst, suffixes, args.force)
     if args.keep_optimizer and dst.suffix == '.safetensors':
@@ -86,8 +83,8 @@ def main():
 
 def verify(cfg, content, source):
     """Load strictly, and predict one image: noise, through the test pipeline."""
-    cli.without_pretrained(cfg.model)
-    model = cli.build_model(cfg).eval()
+    without_pretrained(cfg.model)
+    model = build_model(cfg).eval()
     whole = any(k.startswith('backbone.') for k in content['state_dict'])
     target = model if whole else model.backbone
     report, state = fit(target, content, f'{source}, converted')

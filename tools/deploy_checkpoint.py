@@ -6,20 +6,17 @@ Writes OUT and, beside it, a config that loads it. The weights of a folded model
 
 import argparse
 import os
-import sys
 
-try:
+from _guard import installed
+
+with installed():
     import torch
 
     from overlock_mm import OverLoCK, cli
     from overlock_mm.checkpoint import fit, read_weights, write_weights
+    from overlock_mm.config.edit import without_pretrained
+    from overlock_mm.config.load import build_model, load_config
     from overlock_mm.convert import origin
-except ModuleNotFoundError as error:
-    sys.stderr.write(
-        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
-        "overlock_mm run: pip install -e '.[onedl]'\n"
-    )
-    sys.exit(2)
 
 # Relative difference of a map that rounding explains.
 _TOLERANCE = 1e-4
@@ -40,7 +37,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     cli.check_file(args.checkpoint, 'checkpoint')
     out = cli.check_output(args.out, ['.pth'], args.force)
     config = cli.check_output(out.with_suffix('.py'), ['.py'], args.force)
@@ -49,8 +46,8 @@ def main():
             raise cli.UserError(
                 f'{written} would be written over what was given; choose another OUT'
             )
-    cli.without_pretrained(cfg.get('model'))
-    model = cli.build_model(cfg)
+    without_pretrained(cfg.get('model'))
+    model = build_model(cfg)
     if not isinstance(getattr(model, 'backbone', None), OverLoCK) or model.backbone.deploy:
         raise cli.UserError(
             f'the backbone of {args.config} is no OverLoCK in training form; there is '
