@@ -1,13 +1,16 @@
 """Checks before a run, so that a mistake is reported before hours of work."""
 
 import inspect
+import logging
 import os
-import warnings
 from collections.abc import Callable
+
+from mmengine.logging import print_log
 
 from .data_checks import (
     DataSet,
     Findings,
+    annotations_of,
     check_class_names,
     check_coco,
     check_masks,
@@ -93,7 +96,7 @@ def check_run(cfg, *loaders: str) -> None:
         _run(_check_padding, model, _head_ranges(model, heads), found)
         _run(_check_batch_norm, config, model, datasets, found)
     for warning in found.warnings:
-        warnings.warn(warning, stacklevel=2)
+        print_log(warning, logger='current', level=logging.WARNING)
     found.raise_errors()
 
 
@@ -141,7 +144,9 @@ def _heads(model: dict, scope: str | None) -> list[tuple[str, dict, dict[str, in
         names = {c.__name__ for c in cls.__mro__} if cls else {type_name(node)}
         if names & _OTHER_HEADS or node.get('class_agnostic'):
             continue
-        counts = {name: node.get(name, _default(cls, name)) for name in _COUNTS}
+        counts = {name: node.get(name) for name in _COUNTS}
+        if not any(counts.values()):
+            counts['num_classes'] = _default(cls, 'num_classes')
         counts = {name: n for name, n in counts.items() if type(n) is int}
         if counts:
             heads.append((key, node, counts))
@@ -154,7 +159,10 @@ def _default(cls: type | None, name: str):
         init = base.__dict__.get('__init__')
         if init is None:
             continue
-        parameters = inspect.signature(init).parameters
+        try:
+            parameters = inspect.signature(init).parameters
+        except ValueError:  # not written in Python
+            return None
         if name in parameters:
             default = parameters[name].default
             return None if default is inspect.Parameter.empty else default
@@ -254,6 +262,8 @@ def _check_evaluators(model: dict, datasets, evaluators, found: Findings) -> Non
         metrics = node.get('metric') or ()
         segm = 'segm' in ([metrics] if isinstance(metrics, str) else metrics)
         path = node.get('ann_file')
+        loader = key.split('_evaluator')[0] + '_dataloader'
+        own = [d for d in datasets if d.loader == loader]
         if segm and boxes_only and not node.get('format_only'):
             found.errors.append(
                 f"{key}.metric has 'segm', and {boxes_only[0]} has no mask_head. "
@@ -264,10 +274,10 @@ def _check_evaluators(model: dict, datasets, evaluators, found: Findings) -> Non
         if segm and type_name(node) == 'CocoMetric' and not node.get('format_only'):
             coco = found.read_coco(path)
             if coco and coco['annotations']:
-                reader = "metric='segm'"
-                check_masks(coco['annotations'], path, f'{key}.ann_file', reader, found)
-        loader = key.split('_evaluator')[0] + '_dataloader'
-        own = [d.paths.get('ann_file') for d in datasets if d.loader == loader]
+                read = [a for d in own for a in annotations_of(coco, d.classes or ())]
+                check_masks(read, path, f'{key}.ann_file', "metric='segm'", found)
+        # panoptic sets have a second file with boxes
+        own = [d.paths.get('ann_file') for d in own if not d.is_a('CocoPanopticDataset')]
         if own and all(own) and os.path.realpath(path) not in map(os.path.realpath, own):
             found.warnings.append(
                 f'{key}.ann_file={path} is not the ann_file of {loader}, {own[0]}: '
@@ -279,7 +289,7 @@ def _check_batch_norm(config, model: dict, datasets, found: Findings) -> None:
     """One image per batch, pooled to one pixel, is a single value: no variance."""
     from mmengine.registry import MODELS
 
-    loader = config['train_dataloader']
+    loader = config.get('train_dataloader') or {}
     batch = loader.get('batch_size')
     distributed = config.get('launcher') not in (None, 'none')
     left = 0  # images in the last batch
@@ -292,13 +302,18 @@ def _check_batch_norm(config, model: dict, datasets, found: Findings) -> None:
     if 1 not in (batch, left):
         return
     norms, refused = [], []
+    scope = config.get('default_scope')
     for key, node in nodes(model, 'model', skip=('data_preprocessor', 'init_cfg')):
+        cls = resolve(MODELS, node.get('type'), scope)
+        if node.get('norm_eval', _default(cls, 'norm_eval')):
+            continue
         norm = type_name(node.get('norm_cfg') or {})
+        if type_name(node) == 'OverLoCK':
+            norm = 'BN'
         synchronised = distributed and ('Sync' in norm or config.get('sync_bn'))
         if ('BN' not in norm and 'BatchNorm' not in norm) or synchronised:
             continue
-        norms.append(f'{key}.norm_cfg')
-        cls = resolve(MODELS, node.get('type'), config.get('default_scope'))
+        norms.append(key)
         for base in cls.__mro__ if cls else ():
             if base.__name__ in _POOLING_HEADS:
                 scales = _POOLING_HEADS[base.__name__]
@@ -318,12 +333,8 @@ def _check_batch_norm(config, model: dict, datasets, found: Findings) -> None:
             f"norm has no variance. Set {fix}, or {refused[0]}.norm_cfg=dict(type='GN', "
             'num_groups=32)'
         )
-    elif batch == 1:
-        backbone = model.get('backbone') or {}
-        if type_name(backbone) == 'OverLoCK' and not backbone.get('norm_eval'):
-            norms.append('model.backbone')
-        if norms:
-            found.warnings.append(
-                f'train_dataloader.batch_size=1: batch norms ({norms[-1]}) take their '
-                'statistics from one image. Prefer 2 or more, or backbone.norm_eval=True'
-            )
+    elif batch == 1 and norms:
+        found.warnings.append(
+            f'train_dataloader.batch_size=1: batch norms in {", ".join(norms[:3])} take '
+            'their statistics from one image. Prefer 2 or more, or backbone.norm_eval=True'
+        )

@@ -145,14 +145,9 @@ class DataSet:
             # without the pipeline: transforms may read files when they are made
             return self.cls(**{**arguments, 'pipeline': [], 'lazy_init': True})
         except TypeError as error:
-            self.unexpected = next(
-                (
-                    k
-                    for k in arguments
-                    if f"unexpected keyword argument '{k}'" in str(error)
-                ),
-                None,
-            )
+            for name in arguments:
+                if f"unexpected keyword argument '{name}'" in str(error):
+                    self.unexpected = name
         except Exception:  # noqa: BLE001  a class may do anything; the config is used then
             pass
         return None
@@ -326,9 +321,7 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
     coco = path and found.read_coco(path)
     if not coco:
         return
-    names = [category.get('name') for category in coco['categories']]
-    ids = {c.get('id') for c in coco['categories'] if c.get('name') in dataset.classes}
-    if not _check_categories(dataset, path, names, found) or coco['images'] is None:
+    if not _check_categories(dataset, path, coco, found) or coco['images'] is None:
         return
     images, annotations = coco['images'], coco['annotations']
     for part, required in (
@@ -336,7 +329,11 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
         (annotations, ('id', 'image_id', 'category_id', 'bbox', 'area')),
     ):
         for name in required:
-            lacking = [item for item in part if item.get(name) is None]
+            lacking = [
+                item
+                for item in part
+                if item.get(name) is None or (name == 'bbox' and len(item[name]) != 4)
+            ]
             if lacking:
                 kind = 'images' if part is images else 'annotations'
                 found.errors.append(
@@ -360,17 +357,23 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
             f'category_id {_listed(sorted(unknown, key=str))}, and would be left out: the '
             f'categories have ids {_listed(sorted(known, key=str))}. Fix the ids'
         )
-    used = [a for a in annotations if a['category_id'] in ids and not a.get('ignore')]
-    dataset.images = len(_kept_images(dataset, images, used))
-    if not dataset.images:
+    of_classes = annotations_of(coco, dataset.classes)
+    kept = _kept_images(dataset, images, of_classes)
+    if not kept:
         why = (
-            f'filter_cfg={dataset.cfg["filter_cfg"]} leaves none of {len(images)}: '
-            f'{len(used)} of {len(annotations)} annotations are of its classes'
+            f'filter_cfg={dataset.cfg["filter_cfg"]} leaves none of {len(images)} in '
+            f'{path}, {len(of_classes)} of whose {len(annotations)} annotations are of its '
+            'classes'
             if images
             else f'{path} lists none'
         )
         found.errors.append(f'{key} has 0 images; {why}. Fix ann_file or filter_cfg')
+    if not dataset.cfg.get('indices'):
+        dataset.images = len(kept)
     if any(t.get('with_mask') for t in dataset.pipeline):
+        # what the data set leaves out by itself needs no mask
+        used = [a for a in of_classes if a['area'] > 0 and min(a['bbox'][2:]) >= 1]
+        used = [a for a in used if not a.get('ignore')]
         check_masks(used, path, f'{key}.ann_file', 'with_mask=True', found)
     folder = dataset.paths.get('data_prefix.img')
     if folder:
@@ -378,8 +381,15 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
         _check_files(files, f'{key}.data_prefix.img', f'file_name in {path}', found)
 
 
-def _check_categories(dataset: DataSet, path: str, names, found: Findings) -> bool:
+def annotations_of(coco: dict, classes: list[str]) -> list[dict]:
+    """The annotations of a COCO file that are of these classes."""
+    ids = {c.get('id') for c in coco['categories'] if c.get('name') in classes}
+    return [a for a in coco['annotations'] if a.get('category_id') in ids]
+
+
+def _check_categories(dataset: DataSet, path: str, coco: dict, found: Findings) -> bool:
     """Whether a COCO file has all classes."""
+    names = [category.get('name') for category in coco['categories']]
     missing = [name for name in dataset.classes if name not in names]
     if missing and dataset.given_names is None:
         found.errors.append(
@@ -402,13 +412,15 @@ def _check_categories(dataset: DataSet, path: str, names, found: Findings) -> bo
     return not missing
 
 
-def _kept_images(dataset: DataSet, images: list[dict], used: list[dict]) -> list[dict]:
+def _kept_images(
+    dataset: DataSet, images: list[dict], of_classes: list[dict]
+) -> list[dict]:
     """The images that ``filter_cfg`` leaves."""
     filters = dataset.cfg.get('filter_cfg')
     if not filters or dataset.cfg.get('test_mode'):
         return images
     if filters.get('filter_empty_gt'):
-        with_objects = {annotation['image_id'] for annotation in used}
+        with_objects = {annotation['image_id'] for annotation in of_classes}
         images = [image for image in images if image['id'] in with_objects]
     smallest = filters.get('min_size', 0)
     return [i for i in images if min(i['width'], i['height']) >= smallest]
@@ -450,7 +462,8 @@ def check_segmentation(
     if dataset.built is None or 'data_prefix.img_path' not in dataset.paths:
         return
     infos = dataset.built.load_data_list()
-    dataset.images = len(infos)
+    if not dataset.cfg.get('indices'):
+        dataset.images = len(infos)
     folder, suffix = dataset.paths['data_prefix.img_path'], dataset.built.img_suffix
     if not infos:
         ann_file = dataset.paths.get('ann_file')
@@ -467,6 +480,12 @@ def check_segmentation(
     images = [info['img_path'] for info in sample]
     _check_files(images, f'{dataset.key}.data_prefix', f'img_suffix={suffix!r}', found)
     loader = _label_loader(dataset)
+    if loader is not None and 'seg_map_path' not in dataset.built.data_prefix:
+        found.errors.append(
+            f'{dataset.key}.data_prefix has no seg_map_path, and the pipeline has '
+            'LoadAnnotations. Add the folder of the label maps'
+        )
+        return
     if loader is None or 'data_prefix.seg_map_path' not in dataset.paths:
         return
     maps = [info['seg_map_path'] for info in sample]
@@ -548,18 +567,17 @@ def _check_labels(dataset, files: dict[int, list[str]], ranges, found: Findings)
             if wrong == [count] and 0 in files and not dataset.built.reduce_zero_label:
                 fixes.append('if 0 is no class, set reduce_zero_label=True')
             message = (
-                f'{files[one][0]} has label {_listed(sorted(wrong))}, but '
-                f'{" and ".join(keys)} has {count} classes (labels 0 to {count - 1}) and '
-                f'ignore_index={ignored}. Fix the label maps of {dataset.key}; '
-                f'{"; ".join(fixes)}'
+                f'{files[one][0]} has label {_listed(sorted(wrong))}; {" and ".join(keys)} '
+                f'allow 0 to {count - 1} and ignore_index={ignored}. Fix the label maps of '
+                f'{dataset.key}; {"; ".join(fixes)}'
             )
             training = dataset.loader.startswith('train')
             (found.errors if training else found.warnings).append(message)
         elif count > 1 and len(files) == 2 and 0 in files and ignored in files:
             found.warnings.append(
                 f'{dataset.key}: the label maps looked at hold 0 and {ignored} only, and '
-                f'{" and ".join(keys)} ignores {ignored}. If {ignored} marks a class, '
-                'write its index there'
+                f'ignore_index={ignored} in {" and ".join(keys)}. If {ignored} marks a '
+                'class, write its index there'
             )
 
 
@@ -569,6 +587,8 @@ def _read_coco(path: str) -> dict:
         return dict(categories=_large_categories(path), images=None, annotations=None)
     with open(path, 'rb') as file:
         data = json.load(file)
+    if not isinstance(data, dict):
+        raise ValueError('it holds no dict')
     parts = {}
     for name in ('categories', 'images', 'annotations'):
         # unlabelled sets have no annotations
@@ -587,7 +607,10 @@ def _large_categories(path: str) -> list[dict]:
         at = data.rfind(b'"categories"')  # most writers put them last: this is fast
         at = data.find(b'[', at) if at >= 0 else len(data)
         text = data[at : at + 2**24].decode(errors='replace')
-    return json.JSONDecoder().raw_decode(text)[0]
+    categories = json.JSONDecoder().raw_decode(text)[0]
+    if not all(isinstance(c, dict) and 'name' in c for c in categories):
+        raise ValueError('its categories have no names')
+    return categories
 
 
 def _sample(items: list) -> list:
