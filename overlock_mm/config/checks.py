@@ -327,10 +327,14 @@ def _check_batch_norm(config, model: dict, datasets, found: Findings) -> None:
             else f'the last batch of train_dataloader has 1 image ({own[0].images} in '
             f'batches of {batch})'
         )
-        fix = 'batch_size=2 or more' if batch == 1 else 'drop_last=True'
+        fix = (
+            'batch_size=2 or more, or train in several processes with SyncBN'
+            if batch == 1
+            else 'drop_last=True'
+        )
         found.errors.append(
             f'{what}, and {refused[0]} pools it to one value per channel, of which batch '
-            f"norm has no variance. Set {fix}, or {refused[0]}.norm_cfg=dict(type='GN', "
+            f"norm has no variance. Use {fix}, or norm_cfg=dict(type='GN', "
             'num_groups=32)'
         )
     elif batch == 1 and norms:
