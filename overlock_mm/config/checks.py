@@ -5,8 +5,6 @@ import logging
 import os
 from collections.abc import Callable
 
-from mmengine.logging import print_log
-
 from .data_checks import (
     DataSet,
     Findings,
@@ -72,6 +70,8 @@ def check_run(cfg, *loaders: str) -> None:
         UserError: if something is wrong; the message names all that was found. What may
             be intended is printed as a warning.
     """
+    from mmengine.logging import print_log
+
     config, found = plain(cfg), Findings()
     model = config.get('model')
     model = model if isinstance(model, dict) else {}
@@ -203,7 +203,7 @@ def _head_ranges(model: dict, heads) -> dict[str, tuple[int, int]]:
             counts = [
                 own['num_classes']
                 for path, _, own in heads
-                if path.startswith(key) and 'num_classes' in own
+                if f'{path}.'.startswith(f'{key}.') and 'num_classes' in own
             ]
             if counts:
                 ranges[key] = (min(counts), node.get('ignore_index', 255))
