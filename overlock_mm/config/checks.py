@@ -190,7 +190,7 @@ def _check_heads(heads, datasets: list[DataSet], found: Findings) -> None:
             continue
         fix = ' and '.join(f'{name}={number}' for name, number in set(wrong.values()))
         found.errors.append(
-            f'{" and ".join(d.key for d in own)}: {own[0].describe_classes()}, but '
+            f'{own[0].describe_classes()} in {" and ".join(d.key for d in own)}, but '
             f'{", ".join(wrong)}. Set {fix} there, or metainfo.classes in the data set'
         )
 
@@ -269,6 +269,7 @@ def _check_evaluators(model: dict, datasets, evaluators, found: Findings) -> Non
                 f"{key}.metric has 'segm', and {boxes_only[0]} has no mask_head. "
                 "Set metric='bbox'"
             )
+            segm = False
         if not isinstance(path, str) or is_remote(node) or not os.path.isfile(path):
             continue
         if segm and type_name(node) == 'CocoMetric' and not node.get('format_only'):

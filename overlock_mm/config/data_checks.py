@@ -186,10 +186,10 @@ class DataSet:
 
     @cached_property
     def metainfo(self) -> dict:
-        if self.bad_names:
-            return {}
         if self.built is not None:
             return self.built.metainfo
+        if self.bad_names or self.unexpected:
+            return {}
         own = getattr(self.cls, 'METAINFO', None) or {}
         given = {'classes': self.given_names} if self.given_names else {}
         return {**own, **given}
@@ -209,7 +209,7 @@ class DataSet:
         return dict(num_classes=count, num_things_classes=count, num_stuff_classes=stuff)
 
     def describe_classes(self) -> str:
-        source = '' if self.given_names else f", {type_name(self.cfg)}'s own"
+        source = '' if self.given_names else f' of {type_name(self.cfg)}'
         return f'{len(self.classes)} classes{source}'
 
     @cached_property
@@ -317,6 +317,8 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
     """A COCO file must hold images, the classes of the config and what the run reads."""
     if not dataset.is_readable or not dataset.loads_as('CocoDataset'):
         return
+    if dataset.classes is None:
+        return
     path, key = dataset.paths.get('ann_file'), dataset.key
     coco = path and found.read_coco(path)
     if not coco:
@@ -344,8 +346,8 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
     repeated = [i for i, n in Counter(a['id'] for a in annotations).items() if n > 1]
     if repeated:
         found.errors.append(
-            f'{path} ({key}.ann_file): {len(repeated)} annotation ids are not unique, '
-            f'{repeated[0]} for one. Number the annotations anew'
+            f'{path} ({key}.ann_file): ids of annotations are not unique, '
+            f'{_listed(repeated)}. Number the annotations anew'
         )
     known = {category.get('id') for category in coco['categories']}
     unknown = Counter(
@@ -353,17 +355,18 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
     )
     if unknown:
         found.errors.append(
-            f'{path} ({key}.ann_file): {sum(unknown.values())} annotations have '
-            f'category_id {_listed(sorted(unknown, key=str))}, and would be left out: the '
-            f'categories have ids {_listed(sorted(known, key=str))}. Fix the ids'
+            f'{path} ({key}.ann_file): {sum(unknown.values())} of {len(annotations)} '
+            f'annotations have category_id {_listed(sorted(unknown, key=str))}, and would '
+            f'be left out: the categories have ids {_listed(sorted(known, key=str))}. Fix '
+            'the ids'
         )
     of_classes = annotations_of(coco, dataset.classes)
     kept = _kept_images(dataset, images, of_classes)
     if not kept:
         why = (
-            f'filter_cfg={dataset.cfg["filter_cfg"]} leaves none of {len(images)} in '
-            f'{path}, {len(of_classes)} of whose {len(annotations)} annotations are of its '
-            'classes'
+            f'filter_cfg={dataset.cfg["filter_cfg"]} leaves none of the {len(images)} in '
+            f'{path} ({len(of_classes)} of {len(annotations)} annotations are of its '
+            'classes)'
             if images
             else f'{path} lists none'
         )
@@ -432,8 +435,8 @@ def check_masks(annotations, path: str, key: str, reader: str, found: Findings) 
     if without:
         found.errors.append(
             f'{path} ({key}): {len(without)} of {len(annotations)} annotations have no '
-            f"'segmentation', id {without[0].get('id')} for one, and {reader} reads it. "
-            'Add masks, or use a detector of boxes only, with_mask=False and metric="bbox"'
+            f"'segmentation' (the first: id {without[0].get('id')}), which {reader} reads. "
+            "Add masks, or use boxes only: no mask_head, with_mask=False, metric='bbox'"
         )
 
 
@@ -441,8 +444,8 @@ def _check_files(files: list[str], key: str, other: str, found: Findings) -> Non
     missing = [path for path in files if not os.path.exists(path)]
     if missing:
         found.errors.append(
-            f'{missing[0]} does not exist, as {len(missing)} of {len(files)} files that '
-            f'were looked for. Fix {key}, or {other}'
+            f'{missing[0]} does not exist ({len(missing)} of {len(files)} sampled files '
+            f'are missing). Fix {key}, or {other}'
         )
 
 
@@ -557,22 +560,23 @@ def _check_labels(dataset, files: dict[int, list[str]], ranges, found: Findings)
     for (count, ignored), keys in by_range.items():
         wrong = [label for label in files if label >= count and label != ignored]
         if wrong:
-            one = wrong[0]
-            fixes = [
-                f'to ignore them set ignore_index={one} in heads and evaluators and '
-                f'seg_pad_val={one} in data_preprocessor and transforms'
-                if len(wrong) == 1
-                else 'add the classes that are missing'
-            ]
+            one, training = min(wrong), dataset.loader.startswith('train')
+            if len(wrong) > 1:
+                fixes = ['add the classes that are missing']
+            elif training:
+                fixes = [
+                    f'to ignore {one} set ignore_index={one} in heads and evaluators and '
+                    f'seg_pad_val={one} in data_preprocessor and transforms'
+                ]
+            else:
+                fixes = [f'to ignore {one} set ignore_index={one} there']
             if wrong == [count] and 0 in files and not dataset.built.reduce_zero_label:
                 fixes.append('if 0 is no class, set reduce_zero_label=True')
-            message = (
-                f'{files[one][0]} has label {_listed(sorted(wrong))}; {" and ".join(keys)} '
-                f'allow 0 to {count - 1} and ignore_index={ignored}. Fix the label maps of '
-                f'{dataset.key}; {"; ".join(fixes)}'
+            (found.errors if training else found.warnings).append(
+                f'{files[one][0]} has label {_listed(sorted(wrong))}. Allowed by '
+                f'{" and ".join(keys)}: 0 to {count - 1}, and ignore_index={ignored}. Fix '
+                f'the label maps of {dataset.key}, or {", or ".join(fixes)}'
             )
-            training = dataset.loader.startswith('train')
-            (found.errors if training else found.warnings).append(message)
         elif count > 1 and len(files) == 2 and 0 in files and ignored in files:
             found.warnings.append(
                 f'{dataset.key}: the label maps looked at hold 0 and {ignored} only, and '
