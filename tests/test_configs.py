@@ -182,7 +182,11 @@ def samples(cfg, loader, folder, count):
     return pseudo_collate([dataset[i] for i in range(count)])
 
 
-@pytest.mark.parametrize('path', [*KINDS, *DEMOS], ids=name)
+# the cascade stands for 3x: it has the data of Mask R-CNN 3x
+BUILT = [path for path in KINDS if path.stem != 'mask_rcnn_overlock_t_3x']
+
+
+@pytest.mark.parametrize('path', [*BUILT, *DEMOS], ids=name)
 def test_loss_and_prediction(path, demo_data):
     cfg = load(path)
     model = tiny_model(cfg).train()
@@ -291,30 +295,31 @@ def test_detector_is_the_stock_one(path):
     assert ours == stock
 
 
-@pytest.mark.parametrize('path', DEMOS, ids=['segmentation', 'detection'])
-def test_demo_classes(path, demo_data, tmp_path):
-    """Those of the data, in a child config and in its dump, read by a fresh process."""
-    first = 0 if path == SEGMENTATION_DEMO else 1
-    child = tmp_path / 'child.py'
-    child.write_text(f'_base_ = {str(path)!r}\ntrain_dataloader = dict(batch_size=1)\n')
-    Config.fromfile(child).dump(tmp_path / 'dump.py')
+def test_demo_classes(demo_data, tmp_path):
+    """Those of the data, in child configs and in their dumps, read by a fresh process."""
+    for path in DEMOS:
+        child = tmp_path / f'{path.parent.name}.py'
+        child.write_text(f'_base_ = {str(path)!r}\ntrain_dataloader = dict(batch_size=1)\n')
+        Config.fromfile(child).dump(tmp_path / f'dumped_{child.name}')
     code = """
 import json
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
-cfg = Config.fromfile('dump.py')
-init_default_scope(cfg.default_scope)
-__import__(f'{cfg.default_scope}.datasets')
-found = [cfg[f'{s}_dataloader'].dataset.metainfo for s in ('train', 'val', 'test')]
-found.append(DATASETS.build(cfg.val_dataloader.dataset).metainfo)
-print(json.dumps([(info['classes'], info['palette']) for info in found]))
+for task in ('segmentation', 'detection'):
+    cfg = Config.fromfile(f'dumped_{task}.py')
+    init_default_scope(cfg.default_scope)
+    found = [cfg[f'{s}_dataloader'].dataset.metainfo for s in ('train', 'val', 'test')]
+    found.append(DATASETS.build(cfg.val_dataloader.dataset).metainfo)
+    print(json.dumps([(info['classes'], info['palette']) for info in found]))
 """
     (tmp_path / 'data').symlink_to(demo_data / 'data')
     command = [sys.executable, '-W', 'ignore', '-c', code]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    expected = [list(CLASSES[first:]), [list(color) for color in PALETTE[first:]]]
-    assert json.loads(run.stdout.splitlines()[-1]) == [expected] * 4
+    lines = [line for line in run.stdout.splitlines() if line.startswith('[[')]
+    for first, line in zip((0, 1), lines, strict=True):
+        expected = [list(CLASSES[first:]), [list(color) for color in PALETTE[first:]]]
+        assert json.loads(line) == [expected] * 4
 
 
 @pytest.mark.parametrize(

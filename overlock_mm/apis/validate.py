@@ -6,8 +6,7 @@ from typing import NamedTuple
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
-from timm.data.readers import create_reader
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
@@ -120,12 +119,12 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder, self.transform = folder, None
+        self.transform = None
         layout = 'give a folder that has one folder of images for each class'
         if not os.path.isdir(folder):
             raise UserError(f'{folder} is not a folder; {layout}')
         try:
-            self.reader = create_reader('', folder)
+            self.reader = create_dataset('', folder).reader  # it looks for val
         except RuntimeError as error:  # no images at all
             raise UserError(f'{folder} has no images; {layout}') from error
         for name in map(self.reader.filename, range(len(self))):
@@ -147,7 +146,7 @@ class ImageFolder(Dataset):
         try:
             image = Image.open(file).convert('RGB')
         except OSError as error:
-            path = os.path.join(self.folder, self.reader.filename(index))
+            path = self.reader.filename(index, absolute=True)
             raise UserError(f'image {path} cannot be read; repair or remove it') from error
         return self.transform(image), label
 

@@ -128,18 +128,52 @@ def test_backbone_per_pixel(capsys):
 
 
 def test_train_step():
-    options = TrainStepOptions(
-        **TRAIN_STEP,
-        layout='channels_last',
-        with_cp=(0, 4),
-        drop_path=0.1,
-        amp=True,
-        dtype='bfloat16',
-    )
+    more = dict(layout='channels_last', with_cp=(0, 4), drop_path=0.1)
+    options = TrainStepOptions(**TRAIN_STEP, **more)
     result, _ = measured(options)
     names = [side['name'] for side in result['sides']]
     assert names[0] == 'ours: train, auto, with_cp 0 4, 32x32, channels_last'
     assert names[1] == 'theirs: reference, 32x32, contiguous'
+
+
+class Layer(torch.nn.Conv2d):
+    """A model of one convolution, which records what it sees."""
+
+    def __init__(self):
+        super().__init__(3, 8, 3)
+        self.seen = []
+
+    def forward(self, images):
+        out = super().forward(images)
+        self.seen.append((self.weight.dtype, out.dtype, images.shape, out.requires_grad))
+        return (out,)
+
+
+@pytest.mark.parametrize(
+    'options, dtypes',
+    [
+        (TrainStepOptions(**TRAIN_STEP), (torch.float32, torch.float32)),
+        (
+            TrainStepOptions(**TRAIN_STEP, dtype='bfloat16'),
+            (torch.bfloat16, torch.bfloat16),
+        ),
+        (
+            TrainStepOptions(**TRAIN_STEP, dtype='bfloat16', amp=True),
+            (torch.float32, torch.bfloat16),
+        ),
+        (BackboneOptions(**BACKBONE, batch=3), (torch.float32, torch.float32)),
+    ],
+)
+def test_step(options, dtypes):
+    """Precision, batch, and whether it trains."""
+    model = Layer()
+    before = model.weight.clone()
+    step = benchmark._model_step(options, lambda _: model, None, (32, 48), 'contiguous')
+    step()
+    train = options.command == 'train-step'
+    assert model.seen == [(*dtypes, (options.batch, 3, 32, 48), train)]
+    assert model.training == train
+    assert (model.weight != before).any() == train
 
 
 def test_peak_memory_is_that_of_one_step():

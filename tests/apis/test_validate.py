@@ -100,6 +100,7 @@ def test_fold(classified, monkeypatch, fold):
 
     monkeypatch.setattr(module, 'evaluate', evaluate)
     weights = str(folder / 'weights.pth')
+    # the folder above val will do
     validate(str(folder), 'overlock_xt', weights, fold=fold, workers=0)
     (model,) = evaluated
     norms = [m for m in model.blocks1.modules() if isinstance(m, _BatchNorm)]

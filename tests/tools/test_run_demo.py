@@ -10,6 +10,7 @@ from helpers import ROOT
 from PIL import Image
 
 from overlock_mm.apis import demo
+from overlock_mm.checkpoint import read_weights
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,8 @@ def test_demo(task, config, result, configs, tmp_path, monkeypatch, capsys):
     for picture in ('curve.png', 'predictions.png'):
         Image.open(work_dir / picture).verify()
     assert len(list((work_dir / 'predictions').rglob('*scene*.png'))) == 16
-    assert list(work_dir.glob('best_*.pth'))
+    (best,) = work_dir.glob('best_*.pth')
+    assert 'best_score' in read_weights(str(best))['message_hub']['runtime_info']
     assert len(drawn) == 6 and all(scene.truth for scene in drawn)
     if task == 'segmentation':
         # what is drawn is what test.py wrote

@@ -1,6 +1,6 @@
 # MMDetection's COCO, with what --tta needs.
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
-# what the tools say when the folder is not there
+# shown by the tools if the folder is missing
 data_source = (
     'COCO 2017: unpack train2017.zip, val2017.zip and '
     'annotations_trainval2017.zip, from https://cocodataset.org/#download, in '
