@@ -325,16 +325,16 @@ for task in ('segmentation', 'detection'):
 @pytest.mark.parametrize(
     'base, words',
     [
-        ('./none.py', ['none.py', 'correct _base_']),
-        ('mmdet::_base_/none.py', ['none.py', 'install', 'again']),
-        ('mmpretrain::_base_/none.py', ['mmpretrain is not installed']),
+        ('mmdet::_base_/default_runtime.py', ['MMDetection is not installed', 'pip']),
         # where the onedl packages are installed
-        ('mmseg::_base_/models/upernet_r50.py', ["'mmseg::...'", 'write the path']),
+        ('mmseg::_base_/default_runtime.py', ["'mmseg::...'", 'write the path']),
     ],
 )
-def test_base_files_that_are_missing(tmp_path, base, words):
+def test_base_files_of_a_toolbox_that_is_not_found(tmp_path, monkeypatch, base, words):
     path = tmp_path / 'config.py'
-    path.write_text(f'_base_ = {base!r}\ndefault_scope = "mmdet"\n')
+    path.write_text(f'_base_ = {base!r}\n')
+    if base.startswith('mmdet'):
+        monkeypatch.setitem(sys.modules, 'mmdet', None)  # as if it were not installed
     with pytest.raises(UserError) as error:
         load_config(path)
     assert all(word in str(error.value) for word in words)

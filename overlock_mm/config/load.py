@@ -32,6 +32,26 @@ def _require(name: str) -> None:
         )
 
 
+def _read(path: Path):
+    """Read a config; say what to install where it inherits from a toolbox."""
+    from mmengine.config import Config
+
+    try:
+        return Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        # mmengine's own, for _base_ = 'mmdet::...', has a message but no name
+        package = str(error).partition(' is not installed')[0]
+        toolbox = next((n for n in _TOOLBOXES if package in _TOOLBOXES[n]), None)
+        if error.name or toolbox is None:
+            raise
+        _require(toolbox)
+        raise UserError(
+            f"{path} inherits '{toolbox}::...', which mmengine finds only where "
+            f'{_TOOLBOXES[toolbox][0]} is installed as {package}; write the path of the '
+            'file instead'
+        ) from error
+
+
 def load_config(config: str, options: dict | None = None):
     """Read a config and override entries of it.
 
@@ -49,7 +69,6 @@ def load_config(config: str, options: dict | None = None):
         raise UserError(f'config {path} does not exist; {hint}')
     if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise UserError(f'{path} is no config; configs end in .py')
-    _require('mmcv')
     cfg = _read(path)
     cfg.merge_from_dict(options or {})
     scope = cfg.get('default_scope')
@@ -57,37 +76,10 @@ def load_config(config: str, options: dict | None = None):
         raise UserError(
             f'{path} has default_scope={scope!r}; these tools know mmseg and mmdet'
         )
+    _require('mmcv')
     _require(scope)
     _require_working(scope)
     return cfg
-
-
-def _read(path: Path):
-    """Read a config; errors about the files that it inherits become plain ones."""
-    from mmengine.config import Config
-
-    try:
-        return Config.fromfile(path)
-    except FileNotFoundError as error:
-        fix = 'correct _base_ in the config'
-        if '.mim' in str(error):  # where the toolboxes keep the configs that they ship
-            fix = f'if this file should be there, install {_package("mmdet")} again'
-        raise UserError(
-            f'{path} inherits a file that is missing: {error}; {fix}'
-        ) from error
-    except ModuleNotFoundError as error:
-        if error.name:  # from an import; without a name it is from _base_ = 'mmdet::...'
-            raise
-        package = str(error).partition(' is not installed')[0]
-        toolbox = next((n for n in _TOOLBOXES if package in _TOOLBOXES[n]), None)
-        if toolbox is None:
-            raise UserError(f'{path} inherits a file of {package}: {error}') from error
-        _require(toolbox)
-        raise UserError(
-            f"{path} inherits '{toolbox}::...', which mmengine finds only where "
-            f'{_TOOLBOXES[toolbox][0]} is installed as {package}; write the path of the '
-            'file instead'
-        ) from error
 
 
 def _require_working(toolbox: str) -> None:

@@ -419,6 +419,6 @@ def test_auto_scaled_learning_rate(configs, demo_data):
     (log,) = (demo_data / 'scaled').glob('*/vis_data/scalars.json')
     first = json.loads(log.read_text().splitlines()[0])
     cfg = Config.fromfile(SEGMENTATION)
-    # 2 images a step where the rates are for 4, at the start of the warm-up
-    expected = cfg.optim_wrapper.optimizer.lr * cfg.param_scheduler[0].start_factor * 2 / 4
+    # 2 images a step where the rates are for 16, at the start of the warm-up
+    expected = cfg.optim_wrapper.optimizer.lr * cfg.param_scheduler[0].start_factor * 2 / 16
     assert first['lr'] == pytest.approx(expected)
