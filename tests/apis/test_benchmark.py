@@ -206,8 +206,9 @@ def test_options_of_the_child_process(monkeypatch):
         **TRAIN_STEP, layout='contiguous', against='self:64', with_cp=(1,)
     )
     options, _, sides = benchmark.compare(options)
-    assert benchmark._memory_of_child(options, 1) == 5
-    assert [side.name for side in found] == [sides[1].name]
+    assert [benchmark._memory_of_child(options, side) for side in (0, 1)] == [5, 5]
+    assert [side.name for side in found] == [side.name for side in sides]
+    assert 'with_cp 1' in found[0].name
 
 
 @pytest.mark.parametrize('form', ['train', 'deploy', 'fold'])
