@@ -38,6 +38,24 @@ def _require(name: str) -> None:
         )
 
 
+def _read(path: Path):
+    """Read a config; say what to install where it inherits from a toolbox."""
+    try:
+        return Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        # mmengine's own, for _base_ = 'mmdet::...', has a message but no name
+        package = str(error).partition(' is not installed')[0]
+        toolbox = next((n for n in _TOOLBOXES if package in _TOOLBOXES[n]), None)
+        if error.name or toolbox is None:
+            raise
+        _require(toolbox)
+        raise UserError(
+            f"{path} inherits '{toolbox}::...', which mmengine finds only where "
+            f'{_TOOLBOXES[toolbox][0]} is installed as {package}; write the path of the '
+            'file instead'
+        ) from error
+
+
 def load_config(config: str | Path, options: dict | None = None):
     """Read a config, override keys of it, and check that what it needs is installed.
 
@@ -60,7 +78,7 @@ def load_config(config: str | Path, options: dict | None = None):
     if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise UserError(f'{path} is no config; configs end in .py, .yml, .yaml or .json')
     try:
-        cfg = Config.fromfile(path)
+        cfg = _read(path)
         cfg.merge_from_dict(options or {})
     except (OSError, ImportError, SyntaxError, KeyError, TypeError) as error:
         raise UserError(
