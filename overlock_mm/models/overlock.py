@@ -340,6 +340,13 @@ class OverLoCK(BaseModule):
                     module.eval()
         return self
 
+    def __prepare_scriptable__(self):
+        """Called by ``torch.jit.script``, also on models that have this backbone."""
+        raise RuntimeError(
+            'torch.jit.script cannot compile OverLoCK; use torch.export.export(model, '
+            '(image,)), or torch.compile(model)'
+        )
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return
@@ -350,7 +357,7 @@ class OverLoCK(BaseModule):
             names = ['patch_embed1']
             names += [f'{part}{i}' for i in stages for part in ('patch_embed', 'blocks')]
         frozen = [getattr(self, name) for name in names if hasattr(self, name)]
-        if self.frozen_stages == 3:
+        if self.frozen_stages == 3 and hasattr(self, 'blocks3'):
             frozen.append(self.extra_norm[1])
         for module in frozen:
             module.eval().requires_grad_(False)
@@ -451,7 +458,8 @@ def _downsample(in_dim: int, out_dim: int) -> nn.Sequential:
 
 def init_weights(module: nn.Module) -> None:
     """Initialise a convolution: truncated normal of std 0.02, and zero biases."""
-    if isinstance(module, nn.Conv2d):
+    # on the meta device there are no values, and drawing them takes most of the time
+    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
