@@ -106,10 +106,6 @@ def check_outputs(outputs, case, tolerance, name='out'):
         )
 
 
-def case_id(path):
-    return path.stem
-
-
 def listing(entries):
     lines = sorted(
         f'{name} ({", ".join(map(str, shape))}{"," * (len(shape) == 1)})'

@@ -86,7 +86,8 @@ def test_training_step(name, dtype):
     params = dict(model.named_parameters())
     assert set(case['grad.names']) == set(params)
     # a bias in front of a batch norm has no gradient but rounding errors
-    noise = case['grad.norms'].max() * (1e-12 if dtype == torch.float64 else 1e-5)
+    noise, slack = (1e-12, 1) if dtype == torch.float64 else (1e-5, 5)
+    noise *= case['grad.norms'].max()
     for name, norm, values in zip(
         case['grad.names'], case['grad.norms'], case['grad.values'], strict=True
     ):
@@ -94,7 +95,7 @@ def test_training_step(name, dtype):
         assert grad.norm().item() == pytest.approx(norm, rel=tolerance, abs=noise), name
         ours = probed(grad, 8)
         error = np.linalg.norm(ours - values[: ours.size])
-        limit = 5 * tolerance * np.linalg.norm(values[: ours.size]) + noise
+        limit = slack * tolerance * np.linalg.norm(values[: ours.size]) + noise
         assert error <= limit, name
 
 
