@@ -20,7 +20,6 @@ from overlock_mm.models.layers import (
 )
 
 
-# the same structure as the real ones, small enough for many tests
 @pytest.mark.parametrize(
     'arch, long_name',
     [('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')],
@@ -67,7 +66,7 @@ def test_bad_image(shape):
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(arch='l'), "arch='l' is none of"),
+        (dict(arch='l'), "arch='l' is unknown"),
         (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly these fields'),
         (dict(arch=dict(TINY, depths=(1, 1))), 'exactly these fields'),
         (dict(arch=dict(TINY, focus_heads=(3, 2))), 'focus_heads'),
@@ -78,6 +77,7 @@ def test_bad_image(shape):
         (dict(arch=dict(TINY, depths=2)), 'exactly these fields'),
         (dict(out_indices=(2, 1)), 'out_indices'),
         (dict(frozen_stages=5), 'frozen_stages=5'),
+        (dict(frozen_stages=-2), 'frozen_stages=-2'),
         (dict(with_cp=(5,)), 'with_cp'),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
     ],
@@ -85,6 +85,21 @@ def test_bad_image(shape):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         OverLoCK(**{'arch': TINY, **kwargs})
+
+
+def test_named_archs():
+    """Long names are in the public table too; a subclass may have a table of its own."""
+    assert OverLoCK.arch_settings['tiny'] == OverLoCK.arch_settings['t']
+
+    class Mine(OverLoCK):
+        arch_settings = dict(mine=TINY)
+
+    model = Mine('mine')
+    assert model.out_channels == Mine.channels_of('mine') == OverLoCK.channels_of(TINY)
+    with pytest.raises(ValueError, match=r"arch='t' is unknown; choose one of \['mine'\]"):
+        Mine('t')
+    with pytest.raises(ValueError, match="'small', 't', 'tiny', 'xt'"):
+        OverLoCK.channels_of('huge')
 
 
 def test_unknown_argument_is_not_swallowed():
@@ -330,12 +345,13 @@ def test_global_response_norm(shape):
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 def test_frozen_stages(frozen_stages):
+    """As in MMDetection's ResNet: the stem, and so many stages; here 4 is everything."""
     model = tiny(frozen_stages=frozen_stages, context_skip=True).train()
     groups = [
-        ('patch_embed1.', 'blocks1.'),
+        ('patch_embed1.',),
+        ('blocks1.',),
         ('patch_embed2.', 'blocks2.'),
         ('extra_norm.1.', 'patch_embed3.', 'blocks3.'),
-        ('patch_embed4.', 'blocks4.'),
         ('',),
     ]
     frozen = tuple(p for group in groups[: frozen_stages + 1] for p in group)
@@ -353,6 +369,15 @@ def test_frozen_stages(frozen_stages):
         assert moved == ('running_' in name or 'num_batches' in name) * (
             not name.startswith(frozen)
         ), name
+
+
+@pytest.mark.parametrize('frozen_stages', range(5))
+def test_frozen_stages_of_a_shallow_backbone(frozen_stages):
+    """Stages that are not built need no freezing."""
+    model = OverLoCK(TINY, out_indices=1, frozen_stages=frozen_stages).train()
+    left = {n.split('.')[0] for n, p in model.named_parameters() if p.requires_grad}
+    stages = [{'blocks1'}, {'patch_embed2', 'blocks2'}, set(), {'extra_norm'}]
+    assert left == set().union(*stages[frozen_stages:])
 
 
 def test_norm_eval():
