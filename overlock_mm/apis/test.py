@@ -10,7 +10,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from PIL import Image
 
-from ..config.checks import check_dataset
+from ..config.checks import check_run
 from ..config.edit import evaluators, fit_workers, require_keys, without_pretrained
 from ..config.load import build_runner, load_run_config, toolbox_of
 from ..config.tta import use_tta
@@ -72,7 +72,7 @@ def test(
     without_pretrained(cfg.model)
     _check_outputs(cfg, toolbox, out, show_dir, show)
     if not skip_checks:
-        check_dataset(cfg, 'test_dataloader')
+        check_run(cfg, 'test_dataloader')
     notes = fit_workers(cfg, 'test_dataloader')
     pictures = _picture_options(cfg, toolbox, show_dir, show, wait_time)
     if tta:

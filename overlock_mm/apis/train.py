@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from mmengine.runner import Runner
 
-from ..config.checks import check_dataset
+from ..config.checks import check_run
 from ..config.edit import (
     fit_workers,
     latest_checkpoint,
@@ -72,7 +72,7 @@ def train(
         without_pretrained(cfg.model)
     loaders = ('train_dataloader', 'val_dataloader')
     if not skip_checks:
-        check_dataset(cfg, *loaders)
+        check_run(cfg, *loaders)
     for note in fit_workers(cfg, *loaders):
         say(note)
     runner = build_runner(cfg)
