@@ -216,8 +216,9 @@ def test_pretrained(tiny_arch, tmp_path, wrapper, deploy):
     loaded = timm.create_model(
         tiny_arch, pretrained=True, deploy=deploy, pretrained_cfg_overlay=overlay
     )
+    state = loaded.state_dict()
     for name, tensor in source.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert torch.equal(state[name], tensor), name
     # as a URL gives it: unwrapped by the filter alone
     checkpoint = torch.load(overlay['file'], weights_only=True)
     filtered = overlock_mm.timm.checkpoint_filter_fn(checkpoint, loaded)
@@ -618,7 +619,7 @@ def test_fold_a_real_model(kwargs):
             assert relative_error(out, needed) < 1e-4
 
 
-@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('folded', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_exports(folded):
     model, x = tiny().eval(), image(1, 3, 64, 96)
     with torch.no_grad():

@@ -373,6 +373,7 @@ def test_class_names_under_old_keys(detector):
     text = message(detector)
     has(text, 'train_dataloader.dataset.classes is no argument of CocoDataset')
     has(text, 'metainfo=dict(classes=...)')
+    assert '\n' not in text  # nothing on COCO's names, which nobody asked for
 
 
 def test_one_class_misspelt(detector, tmp_path):
@@ -456,6 +457,7 @@ def test_boxes_without_masks(detector, tmp_path):
             transform.pop('with_mask', None)
     text = message(detector)
     has(text, "val_evaluator.metric has 'segm'", 'no mask_head', "Set metric='bbox'")
+    assert 'segmentation' not in text
     detector.val_evaluator.metric = detector.test_evaluator.metric = 'bbox'
     check_passes(detector)
 

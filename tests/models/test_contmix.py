@@ -99,9 +99,9 @@ def test_small_maps_are_resized():
 def test_the_block_is_a_contmix_with_the_released_names():
     block = DynamicConvBlock(16, 8, 7, 2)
     assert isinstance(block, ContMix) and block.num_heads == 4
-    own = {k for k in block.state_dict() if k in ContMix(16, 8, 7, 4).state_dict()}
-    assert own == set(ContMix(16, 8, 7, 4).state_dict())
-    assert {'weight_query.0.weight', 'weight_key.1.weight', 'weight_proj.bias'} <= own
+    names = set(ContMix(16, 8, 7, 4).state_dict())
+    assert names <= set(block.state_dict())
+    assert {'weight_query.0.weight', 'weight_key.1.weight', 'weight_proj.bias'} <= names
 
 
 def replaced(kind):
@@ -157,8 +157,8 @@ def test_what_replaces_the_projection_takes_effect(kind):
     with torch.no_grad():
         before = filled(OverLoCK(TINY)).eval()(x)[3]
         expected = plain(x)[3]
-        for form in (model, fold(copy.deepcopy(model))):
-            assert relative_error(form(x)[3], expected) < 1e-9
+        assert relative_error(model(x)[3], expected) < 1e-9
+        assert relative_error(fold(model)(x)[3], expected) < 1e-9
     assert relative_error(before, expected) > 1e-5
 
 

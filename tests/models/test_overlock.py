@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overlock_mm import OverLoCK, fold
+from overlock_mm.models.contmix import ContMix
 from overlock_mm.models.layers import (
     DILATED_BRANCHES,
     DilatedReparamBlock,
@@ -24,7 +25,9 @@ from overlock_mm.models.layers import (
     'arch, long_name',
     [('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')],
 )
-def test_metadata_without_building(arch, long_name):
+def test_metadata_without_building(arch, long_name, monkeypatch):
+    # ContMix keeps shapes, and its loops take most of the time on meta tensors
+    monkeypatch.setattr(ContMix, 'forward', lambda self, x, context, value: value)
     with torch.device('meta'):
         model = OverLoCK(long_name).eval()
         maps = model(torch.empty(1, 3, 64, 96))
