@@ -108,6 +108,9 @@ class DynamicConvBlock(ContMix):
             nn.Conv2d(joint, dim, 1),
             GlobalResponseNorm(dim),
         )
+        # optimizers store their state by the order of the parameters, which is this one
+        for name in ('weight_query', 'weight_key', 'weight_proj'):
+            self.add_module(name, self._modules.pop(name))
         self.dyconv_proj = conv_bn(dim, dim)
         self.lepe = nn.Sequential(
             DilatedReparamBlock(dim, kernel_size, deploy), nn.BatchNorm2d(dim)
@@ -115,7 +118,6 @@ class DynamicConvBlock(ContMix):
         self.se_layer = SqueezeExcite(dim)
         self.gate = nn.Sequential(*conv_bn(dim, dim), nn.SiLU())
         self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, joint, 1))
-        self.ls1 = LayerScale(joint)
 
         self.dwconv2 = ResDWConv(joint)
         self.norm2 = LayerNorm2d(joint)
@@ -126,6 +128,7 @@ class DynamicConvBlock(ContMix):
             GlobalResponseNorm(hidden),
             nn.Conv2d(hidden, joint, 1),
         )
+        self.ls1 = LayerScale(joint)
         self.ls2 = LayerScale(joint)
         self.drop_path = DropPath(drop_path)
 

@@ -198,20 +198,24 @@ class OverLoCK(BaseModule):
                 )
             )
             self.sub_blocks4 = focus_stage(1)
-        if deepest >= 3 and self.context_skip:
-            dim = dims[3] + context_dim
-            self.h_proj = nn.Sequential(nn.Conv2d(dims[3], dim, 1), LayerScale(dim, 1e-5))
 
     def _build_output_norms(self, channels: Sequence[int]) -> None:
-        """One norm for each map; stage 3 reads the second map behind its norm."""
+        """One norm for each map, and what adds the Overview-Net's map to the last one.
+
+        Stage 3 reads the second map behind its norm.
+        """
         needed = set(self.out_indices)
         if self.out_indices[-1] >= 2:
             needed.add(1)
         self.extra_norm = nn.ModuleList(
             LayerNorm2d(c) if i in needed else nn.Identity() for i, c in enumerate(channels)
         )
-        if hasattr(self, 'h_proj'):
-            self.extra_norm.append(LayerNorm2d(self.h_proj[0].in_channels))
+        if self.context_skip and self.out_indices[-1] >= 3:
+            overview_dim, dim = self.high_level_proj.in_channels, channels[3]
+            self.extra_norm.append(LayerNorm2d(overview_dim))
+            self.h_proj = nn.Sequential(
+                nn.Conv2d(overview_dim, dim, 1), LayerScale(dim, 1e-5)
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps.

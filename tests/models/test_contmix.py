@@ -209,3 +209,16 @@ def test_an_adapter_compiles():
     with torch.no_grad():
         compiled = torch.compile(module, fullgraph=True, backend='eager')
         assert relative_error(compiled(*parts), module(*parts)) < 1e-5
+
+
+def test_order_of_parameters():
+    """Optimizers store their state by the order, so that it is part of the file format."""
+    names = [n.split('.')[0] for n, _ in DynamicConvBlock(32, 8, 5, 2).named_parameters()]
+    expected = (
+        'rpb1 rpb2 x_scale h_scale dwconv1 norm1 fusion weight_query weight_key '
+        'weight_proj dyconv_proj lepe se_layer gate proj dwconv2 norm2 mlp ls1 ls2'
+    )
+    assert list(dict.fromkeys(names)) == expected.split()
+    backbone = OverLoCK(TINY, context_skip=True)
+    parts = dict.fromkeys(n.split('.')[0] for n, _ in backbone.named_parameters())
+    assert list(parts)[-2:] == ['extra_norm', 'h_proj']
