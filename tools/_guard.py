@@ -1,6 +1,6 @@
-"""What all tools here say where a package is missing.
+"""The message of all tools when a package is not installed.
 
-Python puts a script's own folder on its path, so every tool can import this file.
+Python puts the folder of a script on its path, so every tool can import this module.
 """
 
 import sys

@@ -9,25 +9,20 @@ import dataclasses
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
+
+from _guard import installed
 
 # GNU OpenMP reads this when torch loads it. By its default, idle threads spin, which
 # slows everything down several times as soon as anything else runs on the machine.
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
-try:
+with installed():
     from overlock_mm import cli
     from overlock_mm.apis import benchmark
     from overlock_mm.archs import ARCHS
     from overlock_mm.errors import UserError
     from overlock_mm.ops.contmix import BACKENDS
-except ModuleNotFoundError as error:
-    sys.stderr.write(
-        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
-        "overlock_mm run: pip install -e '.[onedl]'\n"
-    )
-    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,19 +1,14 @@
 """Top-1 and top-5 accuracy of a classifier on a folder of images."""
 
 import argparse
-import sys
 
-try:
+from _guard import installed
+
+with installed():
     import timm
 
     from overlock_mm import cli
     from overlock_mm.apis.validate import validate
-except ModuleNotFoundError as error:
-    sys.stderr.write(
-        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
-        "overlock_mm run: pip install -e '.[onedl]'\n"
-    )
-    sys.exit(2)
 
 
 def parse_args():
