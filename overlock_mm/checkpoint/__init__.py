@@ -1,6 +1,6 @@
 """Checkpoints: read safely, recognised, matched with a model, loaded with a report."""
 
-from .download import RELEASE, cannot_download, download
+from .downloading import RELEASE, cannot_download, download
 from .files import plain_data_allowed, read_weights, write_weights
 from .kinds import Kind, form_of, unwrap, unwrapped
 from .matching import fit, load_checkpoint

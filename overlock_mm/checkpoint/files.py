@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError, CheckpointNotFoundError
 from . import unpickling
-from .download import download, not_weights
+from .downloading import download, not_weights
 
 
 def read_weights(source: str | Path, map_location: str = 'cpu', trust: bool = False):

@@ -126,9 +126,7 @@ def _backbone_of(model):
     """The OverLoCK that is the model or its backbone."""
     backbone = getattr(model, 'backbone', model)
     if isinstance(getattr(backbone, '_orig_mod', None), nn.Module):
-        raise CheckpointError(
-            'the backbone is compiled and cannot load weights: load first, then compile'
-        )
+        raise CheckpointError('a compiled backbone cannot load weights: load, then compile')
     if not hasattr(backbone, 'absent_parts'):
         raise CheckpointError(
             f'{type(model).__name__} is not an OverLoCK, and neither is its backbone; '
@@ -136,7 +134,7 @@ def _backbone_of(model):
         )
     if backbone.folded:
         raise CheckpointError(
-            'the backbone is folded and cannot load weights: load first, then fold'
+            'a folded backbone cannot load weights: load first, then fold'
         )
     return backbone
 

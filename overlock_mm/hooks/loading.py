@@ -64,7 +64,7 @@ class StrictLoadingHook(Hook):
         )
         self._source = 'the checkpoint'
         prefixes = ['', 'http://', 'https://']
-        CheckpointLoader.register_scheme(prefixes, self._load_from_file, force=True)
+        CheckpointLoader.register_scheme(prefixes, self.load_from_file, force=True)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Replace the state dict in a checkpoint by what the model can load of it.
@@ -107,7 +107,7 @@ class StrictLoadingHook(Hook):
             # the text of a config in MMDetection 2.x, which mmengine would execute
             meta.pop('config', None)
 
-    def _load_from_file(self, filename: str, map_location: str = 'cpu'):
+    def load_from_file(self, filename: str, map_location: str = 'cpu'):
         """Read a file or URL, as mmengine's loaders do, but safely."""
         url = urlparse(str(filename))
         if url.scheme in ('http', 'https'):
