@@ -22,6 +22,7 @@ from ..archs import (
     settings_of,
 )
 from ..checkpoint import load_checkpoint
+from ..ops.modes import is_compiling
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import DilatedReparamBlock, LayerScale, resize
 
@@ -269,14 +270,18 @@ class OverLoCK(BaseModule):
         return state
 
     def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
-        if stage in self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                block,
-                *inputs,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
-            )
-        return block(*inputs)
+        if stage not in self.with_cp or not torch.is_grad_enabled():
+            return block(*inputs)
+        if is_compiling():
+            # the compiler updates the running statistics once by itself, and takes no
+            # context_fn
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(
+            block,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
+        )
 
     def switch_to_deploy(self) -> None:
         """Merge the dilated branches of every large kernel, in place.
@@ -306,6 +311,14 @@ class OverLoCK(BaseModule):
         self.init_cfg = [*others, *(dict(c, type=_CheckedPretrained) for c in pretrained)]
         super().init_weights()
         self.init_cfg = init_cfg
+
+    def __prepare_scriptable__(self):
+        """Called by ``torch.jit.script``, also for a model that has an OverLoCK."""
+        raise RuntimeError(
+            f'{type(self).__name__} cannot be scripted: torch.jit.script does not take '
+            'its Python code. Use torch.jit.trace(model.eval(), images), torch.export or '
+            'torch.compile instead'
+        )
 
     def train(self, mode: bool = True):
         if mode and self.folded:
