@@ -23,6 +23,7 @@ from ..archs import (
 )
 from ..checkpoint import load_checkpoint
 from ..errors import CheckpointError
+from ..ops.modes import is_compiling
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import DilatedReparamBlock, LayerScale, UnmergeableError, resize
 
@@ -284,14 +285,18 @@ class OverLoCK(BaseModule):
         return x, context
 
     def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
-        if stage in self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                block,
-                *inputs,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
-            )
-        return block(*inputs)
+        if stage not in self.with_cp or not torch.is_grad_enabled():
+            return block(*inputs)
+        if is_compiling():
+            # the compiler updates the running statistics once by itself, and takes no
+            # context_fn
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(
+            block,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
+        )
 
     def switch_to_deploy(self) -> None:
         """Merge the dilated branches of every large kernel, in place.
@@ -351,10 +356,11 @@ class OverLoCK(BaseModule):
         return self
 
     def __prepare_scriptable__(self):
-        """Called by ``torch.jit.script``, also on models that have this backbone."""
+        """Called by ``torch.jit.script``, also for a model that has an OverLoCK."""
         raise RuntimeError(
-            'torch.jit.script cannot compile OverLoCK; use torch.export.export(model, '
-            '(image,)), or torch.compile(model)'
+            f'{type(self).__name__} cannot be scripted: torch.jit.script does not take '
+            'its Python code. Use torch.jit.trace(model.eval(), images), torch.export or '
+            'torch.compile instead'
         )
 
     def _freeze_stages(self) -> None:

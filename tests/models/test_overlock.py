@@ -297,18 +297,6 @@ def test_channels_last_throughout():
     assert len(seen) > 200
 
 
-def test_compiles_and_exports():
-    """In one graph each, without a break."""
-    model, x = tiny().eval(), image(1, 3, 64, 96)
-    with torch.no_grad():
-        expected = model(x)[3]
-        for form in (model, fold(copy.deepcopy(model))):
-            compiled = torch.compile(form, fullgraph=True, backend='eager')
-            assert relative_error(compiled(x)[3], expected) < 1e-4
-        program = torch.export.export(form, (x,))
-        assert relative_error(program.module()(x)[3], expected) < 1e-4
-
-
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite(dtype):
     """With the largest maps that are usual, whose channels' norms are beyond float16."""
