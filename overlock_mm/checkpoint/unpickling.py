@@ -10,7 +10,6 @@ import argparse
 import collections
 import datetime
 import importlib
-import pathlib
 import pickle
 import types
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -196,8 +195,7 @@ _PLAIN_CALLS = [
     *(OrderedDict, collections.Counter, collections.deque, set, frozenset),
     *(slice, range, complex, bytes, bytearray),
     *(datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone),
-    *(pathlib.PurePosixPath, pathlib.PureWindowsPath, types.SimpleNamespace, ConfigDict),
-    *(torch.Size, torch.device),
+    *(types.SimpleNamespace, ConfigDict, torch.Size, torch.device),
     *(torch._utils._rebuild_tensor_v2, torch._utils._rebuild_parameter),
 ]
 if hasattr(torch._utils, '_rebuild_tensor_v3'):
@@ -233,9 +231,6 @@ _NAMES = {
 _NAMES |= {
     'builtins.getattr': _GETATTR,
     '_codecs.encode': _encode,
-    # paths of another system, and of Python 3.13
-    **{f'pathlib.{p}PosixPath': pathlib.PurePosixPath for p in ('', '_local.')},
-    **{f'pathlib.{p}WindowsPath': pathlib.PureWindowsPath for p in ('', '_local.')},
     **{
         f'numpy.{core}.multiarray.{name}': getattr(_multiarray, name)
         for core in ('core', '_core')
