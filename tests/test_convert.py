@@ -131,7 +131,7 @@ def test_half(tmp_path):
         assert half[name].dtype == value.dtype and torch.equal(half[name], value)
     source['state_dict']['decode_head.conv_seg.weight'][0] = 1e6
     with pytest.raises(
-        CheckpointError, match=r'conv_seg.weight has values that are too large'
+        CheckpointError, match='has values that are too large'
     ):
         convert_checkpoint(source, half=True)
 
@@ -143,13 +143,13 @@ def test_half(tmp_path):
         (
             lambda: dict(a=1),
             'overlock_mm',
-            'contains a dict with the keys a, but no state dict',
+            'with the keys a, but no state dict',
         ),
         (lambda: tiny().state_dict(), 'overlock_mm', 'not a whole detector or segmentor'),
         (
             lambda: classifier_state(tiny()),
             'released',
-            "can be converted to .* 'segmentation'",
+            "converted to .* 'segmentation'",
         ),
         (lambda: released(), 'detection', 'only an ImageNet file'),
         (lambda: tiny().state_dict(), 'segmentation', 'only an ImageNet file'),
