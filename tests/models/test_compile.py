@@ -63,9 +63,7 @@ def test_exports_for_any_batch(form):
 def test_exports_for_any_size(form):
     model = form(small().eval())
     sizes = {i: Dim.AUTO for i in (0, 2, 3)}
-    program = torch.export.export(
-        model, (image(2, 3, 192, 224),), dynamic_shapes=(sizes,)
-    )
+    program = torch.export.export(model, (image(2, 3, 192, 224),), dynamic_shapes=(sizes,))
     for shape in ((1, 3, 200, 171), (3, 3, 161, 256)):
         x = image(*shape)
         check_same(program.module()(x), model(x))
