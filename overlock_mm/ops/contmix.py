@@ -1,4 +1,4 @@
-"""ContMix: aggregation with per-position kernels made from region affinities."""
+"""ContMix: dynamic convolution whose kernels come from affinities to context regions."""
 
 import os
 from collections.abc import Sequence
@@ -23,39 +23,41 @@ def contmix(
     kernel_sizes: Sequence[int],
     backend: str = 'auto',
 ) -> Tensor:
-    """Mix ``value`` with kernels that every position makes from its context.
+    """Mix ``value`` with a kernel for each position, computed from its context.
 
-    The affinity of a position to the L regions of the key is projected to the
-    logits of one k x k kernel per entry of ``kernel_sizes``; a relative position
-    bias is added, and the softmax over the taps weighs the k x k window of values
-    around the position. Windows move inward at the border instead of being
+    The affinities of a position to the L regions of the key are projected to the
+    logits of one k x k kernel for each of ``kernel_sizes``. A relative position bias
+    is added, and a softmax over the taps gives the weights of the k x k window of
+    values around the position. Windows move inward at the border instead of being
     padded, so every window is full (the rule of neighborhood attention,
     https://arxiv.org/abs/2204.07143). See section 3.3 of
-    https://arxiv.org/abs/2502.20087. Differentiable in every tensor; float64,
-    float32, bfloat16 or float16, with logits and softmax in float32 at least.
+    https://arxiv.org/abs/2502.20087.
+
+    Differentiable in every tensor, any number of times. Tensors may be float64,
+    float32, bfloat16 or float16; logits and softmax are float32 at least.
 
     Args:
-        query: already scaled queries of G heads, ``(N, G, c, H, W)``.
-        key: region keys, ``(N, G, c, L)``.
+        query: queries of G heads, already scaled, ``(N, G, c, H, W)``.
+        key: keys of the L regions, ``(N, G, c, L)``.
         value: values, ``(N, C, H, W)``; channels are ordered (kernel, head,
             channel), so C is a multiple of ``len(kernel_sizes) * G``.
-        proj_weight: from affinities to taps, ``(sum of k*k, L)``; rows are
+        proj_weight: projection of affinities to taps, ``(sum of k*k, L)``; rows are
             ordered by kernel, then by tap, row-major.
-        proj_bias: ``(sum of k*k,)``.
+        proj_bias: bias of the projection, ``(sum of k*k,)``.
         rpbs: relative position bias of each kernel, ``(G, 2k-1, 2k-1)``.
         kernel_sizes: odd kernel sizes, none larger than H or W.
         backend: ``'torch'`` (banded matrix products, any device), ``'triton'``
             (fused kernels for CUDA), ``'reference'`` (the plain definition, slow)
-            or ``'auto'``: what ``set_contmix_backend`` or the environment variable
-            ``OVERLOCK_MM_CONTMIX`` says, else triton for CUDA tensors that it
-            supports, else torch.
+            or ``'auto'``: the one of ``set_contmix_backend``, else the one of the
+            environment variable ``OVERLOCK_MM_CONTMIX``, else ``'triton'`` where it
+            can run, else ``'torch'``.
 
     Returns:
         The mixed values, ``(N, C, H, W)``, in the dtype of ``value``.
 
     Raises:
         ValueError: if the backend is unknown or the arguments do not fit together.
-        RuntimeError: if the backend that was asked for cannot run, with the reason.
+        RuntimeError: if the chosen backend cannot run, with the reason.
     """
     _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes)
     arguments = query, key, value, proj_weight, proj_bias, tuple(rpbs), tuple(kernel_sizes)
@@ -65,13 +67,16 @@ def contmix(
 
 
 def set_contmix_backend(backend: str | None) -> str | None:
-    """Let ``'auto'`` mean ``backend`` from now on, everywhere in this process.
+    """Set the backend that ``'auto'`` means, for the whole process.
 
     Args:
-        backend: one of ``BACKENDS``; None removes the override.
+        backend: one of ``BACKENDS``; None removes the setting.
 
     Returns:
-        The override that was in force before, to be set again.
+        The previous setting, which can be passed here again to restore it.
+
+    Raises:
+        ValueError: if the backend is unknown.
     """
     global _override
     if backend is not None:
@@ -104,12 +109,14 @@ def _backend(name, arguments):
 
 def _known(name, source):
     if name not in BACKENDS:
-        raise ValueError(f'{source}={name!r} is not a backend of ContMix: {BACKENDS}')
+        raise ValueError(
+            f'{source}={name!r} is not a backend of ContMix; use one of {BACKENDS}'
+        )
     return name
 
 
 def _why_not_triton(name, arguments):
-    """None, or why these arguments cannot go to triton."""
+    """Return why triton cannot run on these arguments, or None if it can."""
     device = arguments[0].device.type
     if name == 'auto' and device != 'cuda':
         return 'the tensors are not on a GPU'  # without importing triton
@@ -127,9 +134,11 @@ def _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes):
         'value': (value, 4, '(N, C, H, W)'),
         'proj_weight': (proj_weight, 2, '(taps, L)'),
     }
-    for name, (tensor, ndim, form) in shapes.items():
+    for name, (tensor, ndim, shape) in shapes.items():
         if tensor.ndim != ndim:
-            raise ValueError(f'{name} must be {form}, got the shape {tuple(tensor.shape)}')
+            raise ValueError(
+                f'{name} must have the shape {shape}, got {tuple(tensor.shape)}'
+            )
     n, heads, width = query.shape[:3]
     regions, (h, w) = key.shape[3], value.shape[-2:]
     for k in kernel_sizes:
@@ -159,8 +168,8 @@ def _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes):
             )
     if not kernel_sizes or value.shape[1] % (heads * len(kernel_sizes)):
         raise ValueError(
-            f'value has {value.shape[1]} channels, which {heads} heads times '
-            f'{len(kernel_sizes)} kernels do not divide'
+            f'value has {value.shape[1]} channels, which must be a multiple of '
+            f'{heads} heads x {len(kernel_sizes)} kernels'
         )
     devices = {t.device for t in (query, key, value, proj_weight, proj_bias, *rpbs)}
     if len(devices) > 1:

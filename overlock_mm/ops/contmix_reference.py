@@ -1,4 +1,4 @@
-"""ContMix as it is defined: unfold the moved windows, weigh them, add them up."""
+"""ContMix by its definition: a weighted sum over the unfolded windows."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Tensor:
-    """See ``overlock_mm.ops.contmix``. Slow, and copies the values k*k times."""
+    """See ``overlock_mm.ops.contmix``. Slow: it copies the values k*k times."""
     n, heads, _, height, width = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     affinity = torch.einsum('ngchw,ngcl->nghwl', query.to(dtype), key.to(dtype))
@@ -20,10 +20,11 @@ def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Te
         rpbs,
         strict=True,
     ):
-        y, x = (_bias_places(size, k, value.device) for size in (height, width))
+        y, x = (_bias_indices(size, k, value.device) for size in (height, width))
         bias = rpb.to(dtype)[:, y[:, None, :, None], x[None, :, None, :]]
         attn = (scores + bias.flatten(-2)).softmax(dim=-1).to(value.dtype)
-        # the k x k windows that lie inside; those at the border serve their neighbours
+        # unfold gives the windows that lie inside the map; queries at the border use
+        # the nearest of them
         windows = F.unfold(v, k).unflatten(2, (height - k + 1, width - k + 1))
         windows = F.pad(windows, [k // 2] * 4, mode='replicate')
         windows = windows.unflatten(1, (heads, -1, k * k))
@@ -31,8 +32,8 @@ def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Te
     return torch.cat(outputs, dim=1)
 
 
-def _bias_places(size: int, k: int, device: torch.device) -> Tensor:
-    """Where each query's taps read a position bias along one axis, (size, k)."""
+def _bias_indices(size: int, k: int, device: torch.device) -> Tensor:
+    """Indices into the relative position bias along one axis, (queries, taps)."""
     queries = torch.arange(size, device=device)
     starts = (queries - k // 2).clamp(0, size - k)
     return (starts - queries)[:, None] + torch.arange(k, device=device) + k - 1

@@ -1,16 +1,16 @@
 """ContMix as fused Triton kernels for GPUs.
 
 The projection is linear in the affinity, so it is applied to the key once, in torch:
-one float32 key vector per tap. A program then holds a tile of queries of one row and
-head, and goes over the tap rows of every kernel size: a small matrix product makes the
-logits of a tap row, an online softmax weighs them, and a gather along the taps lays
-them out by key column (a band: every query's taps begin at its own window), where a
-second product with the row of values aggregates. Nothing of size positions x taps is
-written to memory; the backward pass makes the weights again from the log-sum-exp of
-every query.
+one float32 key vector per tap. A program handles a tile of queries of one row and head
+and loops over the tap rows of every kernel size. For each tap row, a small matrix
+product computes the logits and an online softmax the weights. A gather along the taps
+arranges the weights by key column (a band, as the taps of a query start at its own
+window), and a second product with the row of values aggregates. Nothing of size
+positions x taps is written to memory: the backward pass computes the weights again
+from the log-sum-exp of every query.
 
-Gradients need no atomics: each is summed within a program that owns it, or written as
-partial sums that torch adds up, so that they are deterministic.
+Gradients need no atomics and are deterministic: each is summed within one program, or
+written as partial sums that torch adds up.
 """
 
 from functools import partial
@@ -43,7 +43,7 @@ _ROWS = 8
 def unsupported(
     query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes
 ) -> str | None:
-    """Why the kernels cannot take these arguments, or None if they can."""
+    """Return why the kernels cannot run on these arguments, or None if they can."""
     if needs_plain_ops() and (is_exporting() or not is_compiling()):
         return (
             'torch.export, torch.jit.trace, torch.func and forward-mode AD cannot follow '
@@ -51,22 +51,22 @@ def unsupported(
         )
     interpreted = not isinstance(_forward, triton.JITFunction)
     if not (query.is_cuda or interpreted):
-        return f'the tensors are on {query.device.type!r} and not on a GPU'
+        return f'the tensors are on {query.device.type!r}, not on a GPU'
     if query.is_cuda and torch.version.hip:
         return 'the kernels are written for NVIDIA GPUs'
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         return 'the GPU is older than compute capability 8.0'
     for tensor in (query, key, value, proj_weight, proj_bias, *rpbs):
         if tensor.dtype not in _DTYPES:
-            return f'{tensor.dtype} is none of float32, bfloat16 and float16'
+            return f'{tensor.dtype} is not one of float32, bfloat16 and float16'
     depth = value.shape[1] // (query.shape[1] * len(kernel_sizes))
     for name, width in (('query', query.shape[2]), ('value', depth)):
         if not 0 < width <= _MAX_WIDTH:
-            return f'a head of the {name} has {width} channels and not 1 to {_MAX_WIDTH}'
+            return f'a head of the {name} has {width} channels, not 1 to {_MAX_WIDTH}'
     if max(kernel_sizes) > _MAX_KERNEL or len(kernel_sizes) > _MAX_KERNELS:
         return (
-            f'kernel_sizes={tuple(kernel_sizes)} are more than {_MAX_KERNELS} kernels, or '
-            f'larger than {_MAX_KERNEL}'
+            f'kernel_sizes={tuple(kernel_sizes)} has more than {_MAX_KERNELS} kernels or '
+            f'one larger than {_MAX_KERNEL}'
         )
     return None
 
@@ -194,14 +194,14 @@ class _Map(NamedTuple):
 
 
 def _map(x, parts=None):
-    """A query, or values whose channels are split into ``parts``, as a ``_Map``."""
+    """Return a query, or values with channels split into ``parts``, as a ``_Map``."""
     if parts is not None:
         x = x.unflatten(1, (parts, -1))
     return _Map(x, *x.stride())
 
 
 def _sizes(query, value, kernel_sizes):
-    """The arguments that all launches share: (sizes, constants and options)."""
+    """Return the arguments that all launches share: (sizes, constants and options)."""
     _, heads, width, *size = query.shape
     depth = value.shape[1] // (heads * len(kernel_sizes))
     single = query.dtype == torch.float32
@@ -209,14 +209,14 @@ def _sizes(query, value, kernel_sizes):
         C=width,
         D=depth,
         KERNELS=kernel_sizes,
-        # The logits stay as exact as float32: the tap keys are float32, whatever the
-        # query is, since rounding them to a half type would move large logits by whole
-        # units. Half queries are exact in TF32, and three TF32 products add the rest of
-        # the tap keys, on the tensor cores; float32 queries get true float32 products.
+        # The logits are as exact as float32. The tap keys are float32 for queries of
+        # any type, as rounding them to half precision would change large logits by whole
+        # units. Half-precision queries are exact in TF32, and three TF32 products on the
+        # tensor cores cover all bits of the tap keys; float32 queries use float32.
         PRECISION='ieee' if single else 'tf32x3',
-        # A tile of tensor core products is the work of one warp. True float32 products
-        # and wider tiles need more registers than it has. So does pipelining the loads,
-        # whose latency the other programs of a multiprocessor hide as well.
+        # One warp can do a tile of tensor core products. Float32 products and wider
+        # tiles need more registers than one warp has. So does pipelining the loads;
+        # other programs of the multiprocessor hide their latency.
         num_warps=2 if single or max(width, depth, *kernel_sizes) > _TILE.value else 1,
         num_stages=1,
     )
@@ -292,7 +292,7 @@ def _tables(
     tap_keys, proj_bias, rpb, image, head, heads,
     C: tl.constexpr, KERNELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Where the tap keys and biases of one head and kernel begin."""
+    """Pointers to the tap keys and biases of one head and kernel."""
     COUNT: tl.constexpr = len(KERNELS)
     tap = (image * heads + head) * _taps_before(KERNELS, COUNT)
     return (
@@ -318,7 +318,7 @@ def _logits(
 ):  # fmt: skip
     """(queries, taps) of tap row a; -inf in the padding of the taps.
 
-    ``bias_row`` and ``bias_columns`` are where the bias of tap (0, 0) is.
+    ``bias_row`` and ``bias_columns`` are the indices of the bias of tap (0, 0).
     """
     taps = tl.arange(0, _padded(K))
     logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
@@ -330,9 +330,9 @@ def _logits(
 
 @triton.jit
 def _tap_of(offset, K: tl.constexpr):
-    """The tap at an offset into the window, else one of the padding: its weight is 0.
+    """The tap at an offset into the window, or outside of it a padding tap of weight 0.
 
-    There is padding, for K is odd and the padded size is a power of two.
+    There always is padding: K is odd and the padded size is a power of two.
     """
     return tl.where((offset >= 0) & (offset < K), offset, _padded(K) - 1)
 
@@ -342,7 +342,7 @@ def _forward(
     query, value, out, lse, tap_keys, proj_bias, rpb, heads, height, width,
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program for each tile of queries: all kernels."""
+    """One program for each tile of queries, for all kernel sizes."""
     tile, row, head, image = _locate(tl.program_id(0), tl.cdiv(width, _TILE), height, heads)
     queries = tile * _TILE + tl.arange(0, _TILE)
     # queries right of the map repeat the last one and are not stored
@@ -362,7 +362,7 @@ def _mix(
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The part of ``_forward`` of one kernel."""
+    """The part of ``_forward`` for one kernel size."""
     COUNT: tl.constexpr = len(KERNELS)
     K: tl.constexpr = KERNELS[INDEX]
     tap_keys, proj_bias, rpb = _tables(
@@ -399,7 +399,7 @@ def _mix(
 
 @triton.jit
 def _grad_weights(grad, v, unskew):
-    """(queries, taps) of a tap row; any finite number in the padding of the taps."""
+    """Gradients of the weights, (queries, taps), of a tap row; padding is undefined."""
     grad_band = tl.dot(grad, tl.trans(v), input_precision='ieee')
     return tl.gather(grad_band, unskew, 1)
 
@@ -410,8 +410,8 @@ def _backward_query(
     heads, height, width,
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As ``_forward``. Also writes delta, which the other gradients read: the sum
-    over the taps of weight times its gradient, for each query and kernel.
+    """One program for each tile of queries. Also writes delta, which the other kernels
+    read: the sum over the taps of weight times its gradient, by query and kernel size.
     """
     tile, row, head, image = _locate(tl.program_id(0), tl.cdiv(width, _TILE), height, heads)
     queries = tile * _TILE + tl.arange(0, _TILE)
@@ -433,12 +433,12 @@ def _add_grad_query(
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The part of ``_backward_query`` of one kernel.
+    """The part of ``_backward_query`` for one kernel size.
 
     The gradient of a logit is weight times (gradient of the weight - delta). Delta is
-    known after the last tap, so that its part comes off at the end. It could be had
-    before as output times its gradient, but the output is rounded to its type, and
-    where one tap has nearly all weight that error exceeds the gradient.
+    known after the last tap, so its part is subtracted at the end. Output times its
+    gradient would give delta earlier, but the output is rounded to its type: where one
+    tap has nearly all the weight, that error is larger than the gradient.
     """
     COUNT: tl.constexpr = len(KERNELS)
     K: tl.constexpr = KERNELS[INDEX]
@@ -484,8 +484,8 @@ def _backward_taps(
 ):  # fmt: skip
     """One program for each tap row of a kernel, head and chunk of rows.
 
-    Sums over the queries of the chunk for the tap keys and proj_bias. The position
-    bias of a tap row lies in another row at the border: sums for each row of queries.
+    Tap keys and proj_bias get one sum over the queries of the chunk. The row of the
+    position bias differs at the border, so it gets a sum for each row of queries.
     """
     COUNT: tl.constexpr = len(KERNELS)
     K: tl.constexpr = KERNELS[INDEX]
@@ -517,7 +517,7 @@ def _backward_taps(
             )  # fmt: skip
             place = ((image * COUNT * heads + part) * height + row) * width
             weights = tl.exp(logits - tl.load(lse + place + columns)[:, None])
-            # nothing comes from queries right of the map: their gradient is loaded as 0
+            # queries right of the map add nothing: their gradient is loaded as 0
             g = _load(grad, image, part, row, queries, width, D)
             delta_q = tl.load(delta + place + queries, mask=queries < width, other=0.0)
             v = _load(value, image, part, top + a, first + tl.arange(0, BAND), width, D)
@@ -544,7 +544,7 @@ def _backward_value(
     C: tl.constexpr, D: tl.constexpr, KERNELS: tl.constexpr, PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One program for each tile of keys: all queries whose windows meet it."""
+    """One program for each tile of keys; it loops over the queries that read it."""
     COUNT: tl.constexpr = len(KERNELS)
     K: tl.constexpr = KERNELS[INDEX]
     tile, key_row, head, image = _locate(
@@ -556,14 +556,14 @@ def _backward_value(
     part = INDEX * heads + head
     key_columns = tile * _TILE + tl.arange(0, _TILE)
     last_key = tl.minimum(tile * _TILE + _TILE, width) - 1
-    begin = _first_reader(tile * _TILE, K)
-    end = _last_reader(last_key, width, K) + 1
+    first = _first_reader(tile * _TILE, K)
+    stop = _last_reader(last_key, width, K) + 1
     grad_v = tl.zeros((_TILE, _padded(D)), tl.float32)
     for row in range(_first_reader(key_row, K), _last_reader(key_row, height, K) + 1):
         top = _window_start(row, height, K)
         a = key_row - top
         keys = _load_keys(tap_keys, a, C, K)
-        for start in range(begin, end, _TILE):
+        for start in range(first, stop, _TILE):
             queries = start + tl.arange(0, _TILE)
             columns = tl.minimum(queries, width - 1)
             left = _window_start(columns, width, K)

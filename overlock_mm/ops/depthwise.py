@@ -1,4 +1,4 @@
-"""Depth-wise convolution that trains fast: large and dilated kernels, exact gradients."""
+"""Depth-wise convolution with fast gradients for large and dilated kernels."""
 
 import time
 import warnings
@@ -25,14 +25,14 @@ _POSITIONS = 1 << 15
 class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d`` with one filter per channel, stride 1 and "same" zero padding.
 
-    It computes and stores what ``nn.Conv2d`` does, ``(N, C, H, W)`` to the same shape;
-    see ``depthwise_conv2d`` for what is faster.
+    Outputs, parameters and state dict are those of ``nn.Conv2d``; the output has the
+    shape of the input, ``(N, C, H, W)``. ``depthwise_conv2d`` says what is faster.
 
     Args:
-        dim: channels C.
+        dim: number of channels C.
         kernel_size: odd kernel size.
-        dilation: distance of the taps.
-        bias: whether there is a bias.
+        dilation: distance between taps.
+        bias: whether to add a bias.
     """
 
     def __init__(self, dim: int, kernel_size: int, dilation: int = 1, bias: bool = True):
@@ -53,26 +53,27 @@ class DepthwiseConv2d(nn.Conv2d):
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1
 ) -> Tensor:
-    """Depth-wise convolution, stride 1, "same" zero padding.
+    """Apply a depth-wise convolution with stride 1 and "same" zero padding.
 
-    The same numbers as ``F.conv2d(..., groups=C)``, up to rounding. What differs is the
-    way there, where a better one than torch's is known:
+    The result is that of ``F.conv2d(..., groups=C)`` up to rounding. Faster algorithms
+    than torch's are used where they are known:
 
-    - On the CPU with oneDNN, torch's weight gradient of a large kernel is slower by an
-      order of magnitude than its forward pass. Here it is one more depth-wise
+    - On the CPU with oneDNN, torch's weight gradient of a large kernel is an order of
+      magnitude slower than its forward pass. Here it is one more depth-wise
       convolution: the map is convolved with the gradient as the kernel. The gradient of
       the input is a convolution with the flipped kernel.
-    - On a GPU, Triton kernels and cuDNN are timed once for each shape, and the faster is
-      kept; with ``torch.use_deterministic_algorithms``, cuDNN runs unasked.
+    - On a GPU, Triton kernels and cuDNN are timed once for each shape, and the faster
+      one is used from then on. With ``torch.use_deterministic_algorithms`` it is always
+      cuDNN.
 
     Args:
-        x: ``(N, C, H, W)``.
-        weight: ``(C, 1, k, k)`` with odd k.
+        x: input, ``(N, C, H, W)``.
+        weight: one kernel per channel, ``(C, 1, k, k)`` with odd k.
         bias: ``(C,)``, or None.
-        dilation: distance of the taps.
+        dilation: distance between taps.
 
     Returns:
-        ``(N, C, H, W)``, in the dtype of ``x`` or, under autocast, in autocast's.
+        ``(N, C, H, W)``, in the dtype of ``x`` or, under autocast, in that of autocast.
     """
     device = x.device.type
     dtype = autocast_dtype(device)
@@ -92,7 +93,7 @@ def _conv(x, weight, bias=None, dilation=1):
 
 
 def _worthwhile(x, weight, dilation) -> bool:
-    """Whether anything here may be faster than what torch does by itself."""
+    """Return whether this module may have something faster than torch's convolution."""
     k = weight.shape[-1]
     if not x.numel() or (k < 5 and dilation == 1):
         return False
@@ -102,7 +103,7 @@ def _worthwhile(x, weight, dilation) -> bool:
 
 
 def _onednn_takes(x) -> bool:
-    """oneDNN's fast depth-wise kernels are those for x86 with AVX."""
+    """Return whether oneDNN has fast depth-wise kernels: on x86 with AVX."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -112,7 +113,7 @@ def _onednn_takes(x) -> bool:
 
 
 def _too_sparse(k, dilation) -> bool:
-    """oneDNN is several times faster with the dense kernel, zeros between the taps."""
+    """Return whether oneDNN is faster with a dense kernel, with zeros between the taps."""
     return dilation > 1 and dilation * (k - 1) >= 16
 
 
@@ -163,7 +164,7 @@ def _input_grad_on_cpu(grad, weight, dilation):
 
 
 def _weight_grad_on_cpu(x, grad, k, dilation):
-    """Convolve the map with its gradient as the kernel; the dilation is the stride."""
+    """Convolve the map with the gradient as the kernel; the dilation becomes the stride."""
     channels, height, width = x.shape[1:]
     reach = dilation * (k // 2)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -173,12 +174,12 @@ def _weight_grad_on_cpu(x, grad, k, dilation):
         x, pad_rows = F.pad(x, (0, 0, reach, reach)), 0
     total = x.new_zeros(channels, 1, k, k, dtype=torch.float32)
     for image, kernel in zip(x.split(1), grad.unsqueeze(2), strict=True):
-        for begin in range(0, height, rows):
-            part = kernel[:, :, begin : begin + rows]
+        for start in range(0, height, rows):
+            part = kernel[:, :, start : start + rows]
             halo = (
                 image
                 if pad_rows
-                else image[:, :, begin : begin + part.shape[2] + 2 * reach]
+                else image[:, :, start : start + part.shape[2] + 2 * reach]
             )
             taps = F.conv2d(halo, part, None, dilation, (pad_rows, reach), 1, channels)
             total += taps.transpose(0, 1)
@@ -208,22 +209,22 @@ _BY_TORCH = {
     'input_grad': _input_grad_by_torch,
     'weight_grad': _weight_grad_by_torch,
 }
-# The implementation that was the fastest on a GPU, by what was asked of it.
+# The fastest implementation on a GPU, by operation, shapes, dtypes and device.
 _fastest: dict[tuple, Callable] = {}
 
 
 def _fastest_on_gpu(name, weight, args):
-    """Time torch's (cuDNN's) way and Triton's at the first call for a shape."""
-    asked = (
+    """Return cuDNN's or Triton's implementation, timed at the first call for a shape."""
+    case = (
         name,
         *((a.shape, a.dtype, a.device) if torch.is_tensor(a) else a for a in args),
     )
-    if asked in _fastest:
-        return _fastest[asked]
+    if case in _fastest:
+        return _fastest[case]
     by_torch = _BY_TORCH[name]
     if torch.cuda.is_current_stream_capturing():
-        return by_torch  # into a CUDA graph, in which nothing can be timed
-    _fastest[asked] = by_torch
+        return by_torch  # nothing can be timed while a CUDA graph is captured
+    _fastest[case] = by_torch
     with suppress(ImportError):
         from . import depthwise_triton
 
@@ -231,18 +232,18 @@ def _fastest_on_gpu(name, weight, args):
             by_triton = getattr(depthwise_triton, name)
             try:
                 if _seconds(by_triton, args) < _seconds(by_torch, args):
-                    _fastest[asked] = by_triton
+                    _fastest[case] = by_triton
             except Exception as e:  # a GPU or a driver that Triton cannot compile for
-                warnings.warn(f'Triton failed, cuDNN is used: {e}', stacklevel=2)
-    return _fastest[asked]
+                warnings.warn(f'Triton failed and cuDNN is used instead: {e}', stacklevel=2)
+    return _fastest[case]
 
 
 def _seconds(run, args):
     times = []
     for _ in range(4):  # the first compiles or plans
         torch.cuda.synchronize()
-        begin = time.perf_counter()
+        start = time.perf_counter()
         run(*args)
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return min(times[1:])

@@ -1,12 +1,13 @@
 """Large-kernel depth-wise convolution: Triton kernels for channels_last memory.
 
-A lane owns VEC channels of a segment, ``COLUMNS`` output columns of one row. Per kernel
-row it loads the ``COLUMNS + k - 1`` inputs that the segment reads and the k weights into
-registers, and makes all ``COLUMNS * k`` products from them, so that several products
-share every load and none is wasted. With dilation r, the columns of a segment are r
-apart, and the columns of the map fall into r phases; nothing else changes. The weight
-gradient has the same form: there a lane owns one kernel row and sums over positions.
-Plain functions, which autograd does not see.
+A lane computes VEC channels of a segment: ``COLUMNS`` output columns of one row. For
+each kernel row it loads the ``COLUMNS + k - 1`` inputs that the segment reads and the k
+weights into registers, and computes all ``COLUMNS * k`` products from them, so several
+products share every load. With dilation r, the columns of a segment are r apart, and
+the columns of the map form r interleaved groups; nothing else changes. The weight
+gradient works alike: a lane handles one kernel row and sums over positions.
+
+These are plain functions that autograd does not differentiate.
 """
 
 import torch
@@ -14,18 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Read when the kernels below are decorated; changing the variable later has no effect.
+# Triton reads the variable when the kernels are decorated; later changes have no effect.
 _INTERPRETED = triton.knobs.runtime.interpret
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _WARPS = 4
-_BAND = 8  # rows of a segment that the weight gradient walks down before the next one
-# Programs of the weight gradient: some per multiprocessor of a large GPU. Partial sums
-# take 4 * 128 * VEC * k bytes for each: 18 MB for k = 17 in half precision.
+_BAND = 8  # rows of a segment that the weight gradient sums before the next segment
+# Programs of the weight gradient: several per multiprocessor of a large GPU. Each has
+# partial sums of 4 * 128 * VEC * k bytes: 18 MB in all for k = 17 in half precision.
 _PROGRAMS = 1024
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """Why these tensors cannot run here, as a clause, or None.
+    """Return why the kernels cannot run on these tensors, or None if they can.
 
     Args:
         x: input, ``(N, C, H, W)``.
@@ -50,13 +51,13 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 def forward(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
-    """Depth-wise convolution with stride 1 and "same" zero padding.
+    """Apply a depth-wise convolution with stride 1 and "same" zero padding.
 
     Args:
         x: input, ``(N, C, H, W)`` in float32, bfloat16 or float16; copied unless it is
             channels_last.
         weight: ``(C, 1, k, k)``, k odd, in the dtype of ``x`` or float32.
-        dilation: distance of the taps.
+        dilation: distance between taps.
 
     Returns:
         ``(N, C, H, W)``, channels_last, in the dtype of ``x``; summed in float32.
@@ -88,7 +89,7 @@ def forward(x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
 
 
 def input_grad(grad: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
-    """Gradient of ``forward`` by its input: the convolution with the flipped kernel.
+    """Compute the gradient by the input: a convolution with the flipped kernel.
 
     Args:
         grad: gradient by the output, ``(N, C, H, W)``.
@@ -102,7 +103,7 @@ def input_grad(grad: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
 
 
 def weight_grad(x: Tensor, grad: Tensor, kernel_size: int, dilation: int = 1) -> Tensor:
-    """Gradient of ``forward`` by its weight; the same bits in every run.
+    """Compute the gradient by the weight; the same bits in every run.
 
     Args:
         x: as in ``forward``.
@@ -142,16 +143,16 @@ def weight_grad(x: Tensor, grad: Tensor, kernel_size: int, dilation: int = 1) ->
 
 
 def _block(x):
-    """Channels of a lane, channels of a program, and segments (or taps) beside them."""
+    """Return channels per lane, channels per program, and segments (or taps) per program."""
     c = x.shape[1]
     if x.element_size() == 4 or c % 2:
         return 1, 32, _WARPS
-    channels = 32 if 0 < c % 64 <= 32 else 64  # the one that leaves fewer lanes idle
+    channels = 32 if 0 < c % 64 <= 32 else 64  # whichever leaves fewer lanes idle
     return 2, channels, _WARPS * 64 // channels
 
 
 def _segments(width, k, dilation):
-    """Columns of a segment, and how many segments a row of the map has."""
+    """Return the columns of a segment and the number of segments in a row."""
     phase = triton.cdiv(width, dilation)
 
     def cost(columns):  # instructions; a masked load takes about four
@@ -161,9 +162,9 @@ def _segments(width, k, dilation):
     return columns, dilation * triton.cdiv(phase, columns)
 
 
-# Sizes are not specialised: one compilation per kernel size and dtype serves all maps.
-# Channels come as pitch = C / VEC, so that the product tells Triton how far the rows
-# are aligned: it then gives VEC channels, not more, to a lane.
+# Sizes are not specialised, so there is one compilation per kernel size and dtype.
+# Channels are passed as pitch = C / VEC: the product tells Triton the alignment of the
+# rows, and it loads VEC channels per lane, not more.
 
 
 @triton.jit(
@@ -189,7 +190,7 @@ def _conv_kernel(
     blocks = tl.cdiv(channels, CHANNELS)
     block, tile = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     c = block * CHANNELS + tl.arange(0, CHANNELS)[None]
-    # rows below each other, so that the warps find each other's inputs in L1
+    # consecutive rows, so that the warps share inputs in the L1 cache
     position = tile * ROWS + tl.arange(0, ROWS)[:, None]
     h = position % height
     n = position // height // segments
@@ -200,10 +201,10 @@ def _conv_kernel(
     for _ in tl.static_range(COLUMNS):
         sums = sums + (tl.zeros((ROWS, CHANNELS), tl.float32),)
     half: tl.constexpr = KERNEL // 2
-    # kernel rows that meet the map for some row of this program
-    begin = tl.maximum(half - tl.max(h) // dilation, 0)
-    end = tl.minimum(half + (height - 1 - tl.min(h)) // dilation + 1, KERNEL)
-    for i in range(begin, end):
+    # kernel rows that read inside the map for some row of this program
+    start = tl.maximum(half - tl.max(h) // dilation, 0)
+    stop = tl.minimum(half + (height - 1 - tl.min(h)) // dilation + 1, KERNEL)
+    for i in range(start, stop):
         row = h + (i - half) * dilation
         valid = inside & (row >= 0) & (row < height)
         left = column - half * dilation
@@ -306,8 +307,8 @@ def _first_column(segment, dilation, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_columns(pointer, column, valid, width, channels, dilation, COUNT: tl.constexpr):
-    """COUNT tiles in float32 from ``column`` on, 0 outside of the map or not valid."""
-    # One unsigned comparison per load then covers both ends of the row and ``valid``.
+    """Load COUNT tiles from ``column`` on, in float32; 0 outside of the map or not valid."""
+    # one unsigned comparison per load then checks both ends of the row and ``valid``
     column = tl.where(valid, column, width)
     tiles = ()
     for _ in tl.static_range(COUNT):

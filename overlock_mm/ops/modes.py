@@ -45,9 +45,8 @@ def is_compiling() -> bool:
 
 def is_exporting() -> bool:
     """Return whether torch.export is tracing; before torch 2.7 also for torch.compile."""
-    if hasattr(torch.compiler, 'is_exporting'):
-        return torch.compiler.is_exporting()
-    return is_compiling()
+    # torch.compiler.is_exporting() is also true inside of torch.compile
+    return getattr(torch.compiler, '_is_exporting_flag', is_compiling())
 
 
 def needs_plain_ops() -> bool:

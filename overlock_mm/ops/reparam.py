@@ -10,13 +10,13 @@ from ..archs import DILATED_BRANCHES
 def batch_norm_affine(
     weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Scale and shift, ``(C,)`` each in float64, of a batch norm in evaluation mode."""
+    """Return scale and shift of a batch norm in evaluation mode, ``(C,)`` in float64."""
     scale = weight.double() / (var.double() + eps).sqrt()
     return scale, bias.double() - mean.double() * scale
 
 
 def branch_names(kernel_size: int) -> dict[str, tuple[str, int, int]]:
-    """The branches of a large kernel: convolution -> its batch norm, k and dilation."""
+    """Return the branches of a large kernel: convolution -> (batch norm, k, dilation)."""
     names = {'lk_origin': ('origin_bn', kernel_size, 1)}
     for k, r in DILATED_BRANCHES[kernel_size]:
         names[f'dil_conv_k{k}_{r}'] = (f'dil_bn_k{k}_{r}', k, r)
@@ -29,12 +29,13 @@ def merge_branches(
     """Merge the branches of a ``DilatedReparamBlock`` and their batch norms.
 
     Args:
-        state: its state dict in training form, by names such as ``lk_origin.weight``.
+        state: state dict of the block in training form, with keys such as
+            ``lk_origin.weight``.
         kernel_size: size K of the large kernel.
-        eps: of the batch norms.
+        eps: epsilon of the batch norms.
 
     Returns:
-        Kernel ``(C, 1, K, K)`` and bias ``(C,)`` of the one convolution, in float64.
+        Kernel ``(C, 1, K, K)`` and bias ``(C,)`` of the merged convolution, in float64.
 
     Raises:
         KeyError: if a tensor is missing.

@@ -1,5 +1,7 @@
 """ContMix against its definition, written as a slow loop over positions and taps."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,12 @@ ARCHS = {
     'b, stage 3': (12, 16, 16, 13),
     'b, stage 4': (18, 16, 16, 7),
 }
+# small enough for finite differences
+DIFFERENTIATED = [
+    (1, 2, 1, 2, 1, 5, 6, (3, 5)),
+    (1, 1, 1, 2, 1, 7, 7, (3, 7)),
+    (1, 1, 1, 2, 1, 13, 26, (5, 13)),
+]
 BACKENDS = ('torch', 'reference')
 
 
@@ -111,26 +119,6 @@ def test_random_sizes(backend):
         torch.testing.assert_close(
             contmix(*inputs, backend=backend), slow_contmix(*inputs), rtol=1e-10, atol=1e-10
         )
-
-
-@pytest.mark.parametrize('backend', BACKENDS)
-@pytest.mark.parametrize(
-    'case',
-    [
-        (1, 2, 1, 2, 1, 5, 6, (3, 5)),
-        (1, 1, 1, 2, 1, 7, 7, (3, 7)),
-        (1, 1, 1, 2, 1, 13, 26, (5, 13)),
-    ],
-    ids=str,
-)
-def test_gradients(case, backend):
-    *tensors, rpbs, kernels = make_inputs(case)
-    tensors = [t.requires_grad_() for t in (*tensors, *rpbs)]
-
-    def op(query, key, value, weight, bias, *rpbs):
-        return contmix(query, key, value, weight, bias, rpbs, kernels, backend=backend)
-
-    assert torch.autograd.gradcheck(op, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
@@ -217,29 +205,123 @@ def test_keeps_the_memory_format():
         assert out.is_contiguous(memory_format=memory_format)
 
 
+def op(query, key, value, weight, bias, *rpbs, backend='auto'):
+    """ContMix of tensors alone, with the kernel sizes that their biases have."""
+    kernels = [(rpb.shape[-1] + 1) // 2 for rpb in rpbs]
+    return contmix(query, key, value, weight, bias, rpbs, kernels, backend=backend)
+
+
 class Op(nn.Module):
-    def forward(self, query, key, value, weight, bias, rpb1, rpb2):
-        return contmix(query, key, value, weight, bias, (rpb1, rpb2), (3, 5))
+    def forward(self, *tensors):
+        return op(*tensors)
 
 
 def flat(inputs):
     return (*inputs[:5], *inputs[5])
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('case', DIFFERENTIATED, ids=str)
+def test_derivatives(case, backend):
+    """First and second derivatives, in reverse and forward mode, by every tensor."""
+    tensors = [t.requires_grad_() for t in flat(make_inputs(case))]
+    run = partial(op, backend=backend)
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+def test_second_derivatives_equal_the_reference(case):
+    def second(backend):
+        tensors = [t.detach().requires_grad_() for t in flat(make_inputs(case))]
+        out = op(*tensors, backend=backend).square().sum()
+        grads = torch.autograd.grad(out, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+    torch.testing.assert_close(second('torch'), second('reference'), rtol=1e-9, atol=1e-9)
+
+
+def test_torch_func():
+    tensors = flat(make_inputs(CASES['small']))
+
+    def loss(*tensors):
+        return op(*tensors).square().sum()
+
+    numbers = tuple(range(len(tensors)))
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, numbers)(*tensors), expected)
+    _, slope = torch.func.jvp(loss, tensors, tensors)
+    exact = sum((g * t).sum() for g, t in zip(expected, tensors, strict=True))
+    torch.testing.assert_close(slope, exact)
+
+
+@pytest.mark.parametrize('batched', ['all', 'maps', 'parameters'])
+def test_vmap(batched):
+    several = [flat(make_inputs(CASES['small'], seed=i)) for i in range(3)]
+    dims = [
+        0 if batched == 'all' or (i < 3) == (batched == 'maps') else None
+        for i in range(len(several[0]))
+    ]
+    several = [
+        [t if d == 0 else same for t, same, d in zip(ts, several[0], dims, strict=True)]
+        for ts in several
+    ]
+    stacked = [
+        torch.stack(ts) if d == 0 else ts[0]
+        for ts, d in zip(zip(*several, strict=True), dims, strict=True)
+    ]
+    out = torch.func.vmap(op, tuple(dims))(*stacked)
+    torch.testing.assert_close(out, torch.stack([op(*ts) for ts in several]))
+
+
 def test_compiles_without_graph_breaks():
     inputs = flat(make_inputs(CASES['small']))
     results = []
-    for op in (Op(), torch.compile(Op(), fullgraph=True)):
+    for run in (Op(), torch.compile(Op(), fullgraph=True, backend='aot_eager')):
         tensors = [t.clone().requires_grad_() for t in inputs]
-        out = op(*tensors)
+        out = run(*tensors)
         results.append((out, torch.autograd.grad(out.square().sum(), tensors)))
     torch.testing.assert_close(*results)
 
 
-def test_exports():
-    inputs = flat(make_inputs(CASES['small']))
-    program = torch.export.export(Op(), inputs)
-    torch.testing.assert_close(program.module()(*inputs), Op()(*inputs))
+def test_compiled_training_keeps_the_inputs_alone():
+    """Neither kernels nor bands of a matrix are kept for the backward pass."""
+    n, g, _, _, _, h, w, kernels = case = (1, 2, 4, 49, 4, 26, 48, (5, 13))
+    tensors = [t.requires_grad_() for t in flat(make_inputs(case, torch.float32))]
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    ):
+        torch.compile(Op(), backend='aot_eager')(*tensors)
+    assert max(sizes) < n * g * h * w * kernels[0] ** 2
+
+
+def dynamic(*dims):
+    return {i: torch.export.Dim.AUTO for i in dims}
+
+
+def test_exports_for_any_size():
+    inputs = flat(make_inputs((2, 2, 2, 4, 2, 9, 12, (3, 5))))
+    sizes = (dynamic(0, 3, 4), dynamic(0), dynamic(0, 2, 3), *[None] * 4)
+    program = torch.export.export(Op(), inputs, dynamic_shapes=(sizes,))
+    assert 'checkpoint' not in program.graph_module.code  # not even with gradients enabled
+    for n, h, w in ((1, 7, 53), (3, 15, 6)):
+        others = flat(make_inputs((n, 2, 2, 4, 2, h, w, (3, 5)), seed=1))
+        torch.testing.assert_close(program.module()(*others), op(*others))
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # the size is fixed
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_traces_and_saves(backend, tmp_path):
+    inputs = flat(make_inputs(CASES['wider than a tile']))
+    previous = set_contmix_backend(backend)
+    try:
+        torch.jit.trace(Op(), inputs).save(tmp_path / 'op.pt')
+    finally:
+        set_contmix_backend(previous)
+    traced = torch.jit.load(tmp_path / 'op.pt')
+    torch.testing.assert_close(traced(*inputs), op(*inputs))
 
 
 def test_training_keeps_the_inputs_alone():

@@ -82,7 +82,7 @@ def assert_near(actual, expected, tolerance):
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Mend two things in Triton's interpreter."""
+    """Fix two things in Triton's interpreter."""
     if DEVICE == 'cuda':
         return
     import numpy as np
@@ -186,6 +186,31 @@ def test_deterministic():
         assert torch.equal(a, b)
 
 
+def test_second_derivatives():
+    """Of the gradients, which come from the kernels no more if differentiated."""
+
+    def second(op, dtype, **options):
+        tensors, kernels = make_inputs((2, 2, 3, 2, 5, 6, (3, 5)))
+        tensors = [t.to(dtype).requires_grad_() for t in tensors]
+        out = op(*tensors[:5], tensors[5:], kernels, **options).square().sum()
+        grads = torch.autograd.grad(out, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+    expected = second(contmix_reference.contmix, torch.float64)
+    assert_near(second(contmix, torch.float32, backend='triton'), expected, 1e-5)
+
+
+def test_torch_func_is_an_error():
+    tensors, kernels = make_inputs((1, 1, 2, 2, 3, 3, (3,)))
+
+    def loss(query):
+        rest = tensors[1:5]
+        return contmix(query, *rest, tensors[5:], kernels, backend='triton').sum()
+
+    with pytest.raises(RuntimeError, match="'triton' .* torch.func .*; use 'torch'"):
+        torch.func.grad(loss)(tensors[0])
+
+
 def test_keeps_nothing_of_the_size_of_the_taps():
     tensors, kernels = make_inputs((1, 1, 4, 4, 5, 6, (3, 5)))
     kept = []
@@ -208,7 +233,7 @@ def reason(tensors, kernels):
     [
         ((1, 1, 4, 4, 5, 5, (3, 5)), torch.float32, None),
         ((1, 1, 64, 64, 31, 31, (3, 5, 31)), torch.float16, None),
-        ((1, 1, 4, 4, 5, 5, (3,)), torch.float64, 'torch.float64 is none of float32'),
+        ((1, 1, 4, 4, 5, 5, (3,)), torch.float64, 'torch.float64 is not one of float32'),
         ((1, 1, 65, 4, 5, 5, (3,)), torch.float32, 'head of the query has 65 channels'),
         ((1, 1, 4, 65, 5, 5, (3,)), torch.float32, 'head of the value has 65 channels'),
         ((1, 1, 4, 4, 33, 33, (33,)), torch.float32, 'larger than 31'),
@@ -302,4 +327,4 @@ def test_unsupported_without_gpu():
         'import test_contmix_triton as t;'
         'print(t.reason(*t.make_inputs((1, 1, 1, 1, 3, 3, (3,)))))'
     )
-    assert "on 'cpu' and not on a GPU" in in_new_process(code)
+    assert "on 'cpu', not on a GPU" in in_new_process(code)

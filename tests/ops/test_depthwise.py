@@ -117,4 +117,57 @@ def test_is_a_conv2d():
 
 def test_compiles_without_graph_breaks():
     conv, x = DepthwiseConv2d(8, 9), torch.randn(1, 8, 16, 16)
-    torch.testing.assert_close(torch.compile(conv, fullgraph=True)(x), conv(x))
+    compiled = torch.compile(conv, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), conv(x))
+
+
+@pytest.mark.parametrize('k, dilation', [(7, 1), (3, 3)])
+def test_second_derivatives(k, dilation):
+    """The fast kernels are for single precision: compare with torch in double."""
+
+    def second(convolution, dtype):
+        tensors = rand(2, 4, 9, 8), rand(4, 1, k, k, seed=1), rand(4, seed=2)
+        tensors = [t.to(dtype).requires_grad_() for t in tensors]
+        out = convolution(*tensors, dilation)
+        grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+
+    exact = second(plain, torch.float64)
+    assert worst_error(second(depthwise_conv2d, torch.float32), exact) < 1e-5
+
+
+def test_second_derivatives_under_autocast():
+    """The backward pass computes in the dtypes of the forward pass."""
+    conv, x = DepthwiseConv2d(4, 7), torch.randn(1, 4, 9, 9, requires_grad=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = conv(x).square().sum()
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), x)
+    (needed,) = torch.autograd.grad(conv.double()(x.double()).square().sum(), x)
+    assert (grad - needed).norm() / needed.norm() < 0.02
+    assert second.isfinite().all() and second.any()
+
+
+def test_torch_func():
+    conv, x = DepthwiseConv2d(4, 7), torch.randn(3, 4, 9, 9)
+    stock = nn.Conv2d(4, 4, 7, padding=3, groups=4)
+    stock.load_state_dict(conv.state_dict())
+
+    def gradients(module):
+        def loss(parameters, x):
+            out = torch.func.functional_call(module, parameters, (x[None],))
+            return out.square().sum()
+
+        parameters = dict(module.named_parameters())
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+
+    torch.testing.assert_close(gradients(conv), gradients(stock), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.func.jvp(conv, (x,), (x,)), torch.func.jvp(stock, (x,), (x,))
+    )
+
+
+def test_traces_and_saves(tmp_path):
+    conv, x = DepthwiseConv2d(4, 7), torch.randn(1, 4, 9, 9)
+    torch.jit.trace(conv, x).save(tmp_path / 'conv.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'conv.pt')(x), conv(x))
