@@ -130,9 +130,7 @@ def test_half(tmp_path):
             value = value.half()
         assert half[name].dtype == value.dtype and torch.equal(half[name], value)
     source['state_dict']['decode_head.conv_seg.weight'][0] = 1e6
-    with pytest.raises(
-        CheckpointError, match='has values that are too large'
-    ):
+    with pytest.raises(CheckpointError, match='has values that are too large'):
         convert_checkpoint(source, half=True)
 
 
