@@ -226,14 +226,14 @@ class OverLoCK(BaseModule):
         Returns:
             The maps of ``out_indices``; the one of stride s has the shape
             ``(N, channels, ceil(H / s), ceil(W / s))`` and, outside autocast, the
-            dtype of ``x``.
+            dtype of ``x``. Contiguous images give contiguous maps.
 
         Raises:
             ValueError: if ``x`` has another number of dimensions or channels, or
                 is too small.
         """
         maps, _ = self._encode(x, self.out_indices[-1])
-        return tuple(maps[i] for i in self.out_indices)
+        return tuple(_contiguous_as(x, maps[i]) for i in self.out_indices)
 
     def _encode(self, x: Tensor, deepest: int) -> tuple[list[Tensor], Tensor | None]:
         """The maps up to index ``deepest``, and the Overview-Net's map if it ran."""
@@ -391,6 +391,17 @@ def _checked_image(x: Tensor, channels: int) -> Tensor:
             'in_channels'
         )
     return x
+
+
+@torch.fx.wrap
+def _contiguous_as(image: Tensor, x: Tensor) -> Tensor:
+    """``x``, contiguous if the image is.
+
+    Norms over the channels return maps in channels_last memory, and convolutions pass
+    that on. Code outside torch may not expect it: mmcv's RoIAlign reads all memory as
+    contiguous, without a check, and hands wrong features to the heads.
+    """
+    return x.contiguous() if image.is_contiguous() else x
 
 
 def _checked_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
