@@ -11,7 +11,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from .checkpoint import RELEASE, cannot_download, fit, plain_data_allowed
+from .checkpoint import (
+    RELEASE,
+    LoadOptions,
+    cannot_download,
+    fit,
+    plain_data_allowed,
+)
 from .models.blocks import DynamicConvBlock, RepConvBlock
 from .models.classifier import AuxiliaryLoss, OverLoCKClassifier
 
@@ -46,9 +52,13 @@ def checkpoint_filter_fn(checkpoint: dict, model: OverLoCKClassifier) -> dict:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     source = cfg.get('file') or cfg.get('url') or 'the checkpoint'
     report, state = fit(
-        model, checkpoint, source, ignore_mismatched=adapted, logger='silent'
+        model,
+        checkpoint,
+        source,
+        LoadOptions(ignore_mismatched=adapted),
+        logger='silent',
     )
-    report.ignored_for = 'timm to adapt'
+    report.ignored_because = 'timm adapts them'
     print_log(str(report), logger='current')
     return state | report.ignored
 

@@ -675,5 +675,5 @@ def test_graph_of_torch_fx(tiny_arch):
 
 def test_torchscript_scripting_says_what_to_use(tiny_arch):
     model = nn.Sequential(timm.create_model(tiny_arch))
-    with pytest.raises(RuntimeError, match='use torch.export'):
+    with pytest.raises(RuntimeError, match=r'torch\.export'):
         torch.jit.script(model)

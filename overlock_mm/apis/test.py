@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.fileio import get
-from mmengine.hooks import EMAHook, Hook
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from PIL import Image
 
@@ -90,8 +90,6 @@ def test(
     if fold:
         if not any(isinstance(module, OverLoCK) for module in runner.model.modules()):
             raise UserError(f'--fold: the model of {config} has no OverLoCK; leave it out')
-        # what it swaps in for a test, the averaged weights, is what a checkpoint holds
-        runner._hooks = [h for h in runner.hooks if not isinstance(h, EMAHook)]
         runner.register_hook(FoldHook())
     return runner.test()
 

@@ -49,11 +49,19 @@ class Findings:
 
 
 def plain(node):
-    """A copy of a config as built-in types, so that no check can change the config."""
+    """A copy of a config as built-in types, so that no check can change the config.
+
+    Where a config inherits from a toolbox, mmengine puts the scope of a module into its
+    ``_scope_``; here it is a part of the type.
+    """
     if hasattr(node, '_cfg_dict'):
         node = node._cfg_dict
     if isinstance(node, dict):  # items() resolves the objects of pure-Python configs
-        return {key: plain(value) for key, value in node.items()}
+        node = {key: plain(value) for key, value in node.items()}
+        scope = node.pop('_scope_', None)
+        if scope and isinstance(node.get('type'), str) and '.' not in node['type']:
+            node['type'] = f'{scope}.{node["type"]}'
+        return node
     if isinstance(node, list):
         return [plain(value) for value in node]
     if type(node) is tuple:

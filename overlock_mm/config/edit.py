@@ -35,7 +35,8 @@ def class_of(node, registry: Registry, scope: str | None = None) -> type | None:
     kind = node.get('type') if isinstance(node, dict) else None
     if not isinstance(kind, str):
         return kind
-    with registry.switch_scope_and_registry(scope) as scoped:
+    # mmengine notes the scope of what a config inherits from a toolbox
+    with registry.switch_scope_and_registry(node.get('_scope_', scope)) as scoped:
         try:
             return scoped.get(kind)
         except RuntimeError:  # the registry's way to say that nothing has this name

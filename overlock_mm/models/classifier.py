@@ -8,7 +8,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..archs import PARTS_FROM, map_channels, settings_of
-from .overlock import OverLoCK, init_weights
+from .overlock import OverLoCK, contiguous_as, init_weights
 
 _HEAD_WIDTH = 1024
 _POOLS = ('avg', 'max', 'avgmax', '')
@@ -159,7 +159,7 @@ class OverLoCKClassifier(OverLoCK):
         if stop_early:
             deepest = last
         maps, _ = self._encode(x, deepest)
-        wanted = [maps[i] for i in indices]
+        wanted = [contiguous_as(x, maps[i]) for i in indices]
         return wanted if intermediates_only else (maps[deepest], wanted)
 
     def prune_intermediate_layers(

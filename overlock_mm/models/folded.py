@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.depthwise import DepthwiseConv2d
+from ..ops.modes import needs_plain_ops
 from .blocks import DynamicConvBlock, RepConvBlock
 from .contmix import ContMix
 from .layers import (
@@ -155,7 +156,7 @@ class _Shortcut(nn.Module):
         super().__init__()
         merged = affine(scale)
         if merged is not None:
-            merged = merged[0].to(scale.weight.dtype).view(-1, 1, 1)
+            merged = merged[0].detach().to(scale.weight.dtype).view(-1, 1, 1)
         self.register_buffer('weight', merged)
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
@@ -290,8 +291,9 @@ def _pointwise(x: Tensor, conv: nn.Conv2d, scale: Tensor | None) -> Tensor:
     """1x1 convolution of ``x * scale``, where scale is (N, C, 1, 1); may change ``x``."""
     if scale is None:
         return conv(x)
-    if len(x) == 1 and x[0, 0].numel() > conv.out_channels:
-        # the map is larger than the weights, so scale these
+    if not needs_plain_ops() and len(x) == 1 and x[0, 0].numel() > conv.out_channels:
+        # The map is larger than the weights: scale the weights. A program for other
+        # sizes must not depend on that.
         weight = conv.weight * scale.to(conv.weight.dtype).view(-1, 1, 1)
         return F.conv2d(x, weight, conv.bias)
     return conv(x.mul_(scale.to(x.dtype)))

@@ -1,15 +1,16 @@
 """Layers that the blocks share; attribute names are the released state-dict names."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..archs import DILATED_BRANCHES
 from ..ops.depthwise import DepthwiseConv2d
-from ..ops.modes import is_compiling
+from ..ops.modes import differentiable_gradients, needs_plain_ops
 from ..ops.reparam import batch_norm_affine, branch_names, sum_branches
 
 
@@ -72,7 +73,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _GlobalResponseNorm.apply(x, self.gamma, self.beta, self.eps)
+        norm = _grn if needs_plain_ops() else _GlobalResponseNorm.apply
+        return norm(x, self.gamma, self.beta, self.eps)
 
     def scale(self, x: Tensor) -> Tensor:
         """What ``x`` is multiplied by, ``(N, C, 1, 1)``, in float32 at least."""
@@ -80,22 +82,31 @@ class GlobalResponseNorm(nn.Module):
         return self.gamma * ratio[:, :, None, None] + 1
 
 
+def _grn(x, gamma, beta, eps):
+    """GRN in differentiable operations."""
+    ratio, _ = _relative_norms(channel_norms(x), eps)
+    scale = gamma * ratio[:, :, None, None] + 1
+    return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+
+
 class _GlobalResponseNorm(torch.autograd.Function):
-    """One pass for the output and two for the gradient; keeps the input alone."""
+    """One pass over the map for the output and two for the gradient; keeps the input."""
 
     @staticmethod
     def forward(ctx, x, gamma, beta, eps):
         norms = channel_norms(x)
         ratio, mean = _relative_norms(norms, eps)
         scale = gamma * ratio[:, :, None, None] + 1
-        ctx.save_for_backward(x, gamma, scale, norms, mean)
-        ctx.beta_dtype = beta.dtype
+        ctx.save_for_backward(x, gamma, beta, scale, norms, mean)
+        ctx.eps = eps
         return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, gamma, scale, norms, mean = ctx.saved_tensors
+        x, gamma, beta, scale, norms, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            norm = partial(_grn, eps=ctx.eps)
+            return *differentiable_gradients(norm, (x, gamma, beta), grad), None
         grad_scale = (grad * x).sum((2, 3), dtype=norms.dtype)
         grad_ratio = grad_scale * gamma.flatten()
         grad_norms = grad_ratio / mean
@@ -105,7 +116,7 @@ class _GlobalResponseNorm(torch.autograd.Function):
         grad_x = (grad * scale.to(grad.dtype)).addcmul_(x, per_x.to(grad.dtype))
         grad_gamma = (grad_scale * norms / mean).sum(0).view_as(gamma)
         grad_beta = grad.sum((0, 2, 3), dtype=norms.dtype).view_as(gamma)
-        return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(ctx.beta_dtype), None
+        return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), None
 
 
 def _relative_norms(norms, eps):
@@ -115,18 +126,23 @@ def _relative_norms(norms, eps):
 
 def channel_norms(x: Tensor) -> Tensor:
     """L2 norm of every channel over the map, ``(N, C)``, in float32 at least."""
+    differentiated = x.requires_grad and torch.is_grad_enabled()
     if (
         x.device.type == 'cpu'
         and x.dtype.itemsize >= 4
         and x.numel()
-        and not is_compiling()
+        and not (differentiated or needs_plain_ops())
     ):
         # batch norm's statistics are torch's fastest sums over a map by far
         stats = [torch.batch_norm_update_stats(i, None, None, 0.0) for i in x.split(1)]
         means, variances = (torch.stack(s) for s in zip(*stats, strict=True))
         return ((variances + means.square()) * x[0, 0].numel()).sqrt()
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=(2, 3), dtype=dtype)
+    if not differentiated:
+        return torch.linalg.vector_norm(x, dim=(2, 3), dtype=dtype)
+    # a root, unlike the norm, can be kept from dividing by zero in a second derivative
+    squares = x.to(dtype).square().sum((2, 3))
+    return torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
 
 
 class DilatedReparamBlock(nn.Module):

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +22,8 @@ from ..archs import (
     settings_of,
 )
 from ..checkpoint import load_checkpoint
+from ..errors import CheckpointError
+from ..ops.modes import is_compiling
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import DilatedReparamBlock, LayerScale, UnmergeableError, resize
 
@@ -233,7 +235,7 @@ class OverLoCK(BaseModule):
                 is too small.
         """
         maps, _ = self._encode(x, self.out_indices[-1])
-        return tuple(_contiguous_as(x, maps[i]) for i in self.out_indices)
+        return tuple(contiguous_as(x, maps[i]) for i in self.out_indices)
 
     def _encode(self, x: Tensor, deepest: int) -> tuple[list[Tensor], Tensor | None]:
         """The maps up to index ``deepest``, and the Overview-Net's map if it ran."""
@@ -283,14 +285,18 @@ class OverLoCK(BaseModule):
         return x, context
 
     def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
-        if stage in self.with_cp and torch.is_grad_enabled():
-            return checkpoint(
-                block,
-                *inputs,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
-            )
-        return block(*inputs)
+        if stage not in self.with_cp or not torch.is_grad_enabled():
+            return block(*inputs)
+        if is_compiling():
+            # the compiler updates the running statistics once by itself, and takes no
+            # context_fn
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(
+            block,
+            *inputs,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
+        )
 
     def switch_to_deploy(self) -> None:
         """Merge the dilated branches of every large kernel, in place.
@@ -315,20 +321,25 @@ class OverLoCK(BaseModule):
         self._freeze_stages()
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says; pretrained weights load or raise.
+        """Initialise as ``init_cfg`` says; pretrained weights are loaded strictly.
 
         Raises:
-            CheckpointError: if the checkpoint of ``init_cfg`` is not of this backbone.
+            CheckpointError: if the checkpoint of ``init_cfg`` does not fit this backbone,
+                or is for a part of it alone, in ``override``.
         """
         if self.is_init:  # as in mmengine: a second call changes nothing
             return
-        init_cfg = self.init_cfg
-        cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-        pretrained = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
-        others = [c for c in cfgs if c not in pretrained]
-        self.init_cfg = [*others, *(dict(c, type=_CheckedPretrained) for c in pretrained)]
-        super().init_weights()
-        self.init_cfg = init_cfg
+        given, inside = self.init_cfg, hasattr(self, '_params_init_info')
+        try:
+            self.init_cfg = _checked(given)
+            super().init_weights()
+        except Exception:
+            if not inside:  # mmengine's records, which it would take for an outer model's
+                for module in self.modules():
+                    module.__dict__.pop('_params_init_info', None)
+            raise
+        finally:
+            self.init_cfg = given
 
     def train(self, mode: bool = True):
         if mode and self.folded:
@@ -345,10 +356,11 @@ class OverLoCK(BaseModule):
         return self
 
     def __prepare_scriptable__(self):
-        """Called by ``torch.jit.script``, also on models that have this backbone."""
+        """Called by ``torch.jit.script``, also for a model that has an OverLoCK."""
         raise RuntimeError(
-            'torch.jit.script cannot compile OverLoCK; use torch.export.export(model, '
-            '(image,)), or torch.compile(model)'
+            f'{type(self).__name__} cannot be scripted: torch.jit.script does not take '
+            'its Python code. Use torch.jit.trace(model.eval(), images), torch.export or '
+            'torch.compile instead'
         )
 
     def _freeze_stages(self) -> None:
@@ -394,7 +406,7 @@ def _checked_image(x: Tensor, channels: int) -> Tensor:
 
 
 @torch.fx.wrap
-def _contiguous_as(image: Tensor, x: Tensor) -> Tensor:
+def contiguous_as(image: Tensor, x: Tensor) -> Tensor:
     """``x``, contiguous if the image is.
 
     Norms over the channels return maps in channels_last memory, and convolutions pass
@@ -481,7 +493,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class _CheckedPretrained:
-    """In place of mmengine's ``Pretrained``, which loads what fits and goes on."""
+    """Instead of mmengine's ``Pretrained``, which loads what fits and ignores the rest."""
 
     def __init__(self, checkpoint: str, **options):
         self.checkpoint, self.options = checkpoint, options
@@ -490,6 +502,31 @@ class _CheckedPretrained:
         load_checkpoint(module, self.checkpoint, **self.options)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, f'Pretrained: load from {self.checkpoint}')
+
+
+def _checked(init_cfg: dict | Sequence[dict] | None) -> list[dict]:
+    """A copy of an ``init_cfg`` that loads strictly; pretrained weights come last."""
+    cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+    for cfg in cfgs:
+        overrides = cfg.get('override') or []
+        overrides = [overrides] if isinstance(overrides, dict) else overrides
+        if any(_is_pretrained(override) for override in overrides):
+            raise CheckpointError(
+                'init_cfg has a Pretrained in override, which would load what fits and '
+                "ignore the rest; give the whole backbone's init_cfg=dict("
+                "type='Pretrained', checkpoint=...) instead"
+            )
+    others = [cfg for cfg in cfgs if not _is_pretrained(cfg)]
+    pretrained = [dict(c, type=_CheckedPretrained) for c in cfgs if _is_pretrained(c)]
+    return [*others, *pretrained]
+
+
+def _is_pretrained(cfg: dict) -> bool:
+    """Whether an initializer loads a file, however its type is written."""
+    kind = cfg.get('type')
+    if isinstance(kind, str):  # with or without a scope
+        kind = WEIGHT_INITIALIZERS.get(kind)
+    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
 
 
 class _StatisticsKept:

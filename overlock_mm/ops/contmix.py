@@ -3,11 +3,10 @@
 import os
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import contmix_reference, contmix_torch
-from .modes import autocast_dtype
+from .modes import without_autocast
 
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
 _VARIABLE = 'OVERLOCK_MM_CONTMIX'
@@ -61,9 +60,7 @@ def contmix(
     _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes)
     arguments = query, key, value, proj_weight, proj_bias, tuple(rpbs), tuple(kernel_sizes)
     run = _backend(backend, arguments)
-    if autocast_dtype(value.device.type) is None:
-        return run(*arguments)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device.type):
         return run(*arguments)
 
 

@@ -13,14 +13,22 @@ Gradients need no atomics: each is summed within a program that owns it, or writ
 partial sums that torch adds up, so that they are deterministic.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from triton import constexpr_function
+
+from . import contmix_torch
+from .modes import (
+    differentiable_gradients,
+    is_compiling,
+    is_exporting,
+    needs_plain_ops,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH, _MAX_KERNEL, _MAX_KERNELS = 64, 31, 3
@@ -36,6 +44,11 @@ def unsupported(
     query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes
 ) -> str | None:
     """Why the kernels cannot take these arguments, or None if they can."""
+    if needs_plain_ops() and (is_exporting() or not is_compiling()):
+        return (
+            'torch.export, torch.jit.trace, torch.func and forward-mode AD cannot follow '
+            'the kernels'
+        )
     interpreted = not isinstance(_forward, triton.JITFunction)
     if not (query.is_cuda or interpreted):
         return f'the tensors are on {query.device.type!r} and not on a GPU'
@@ -97,9 +110,12 @@ class _ContMix(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         query, value, lse, *tables = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            mix = partial(_in_torch, kernel_sizes=ctx.kernel_sizes)
+            inputs = query, value, *tables
+            return *differentiable_gradients(mix, inputs, grad), None
         tap_keys, _, rpb = tables
         kernel_sizes = ctx.kernel_sizes
         n, heads, _, height, width = query.shape
@@ -144,6 +160,18 @@ class _ContMix(torch.autograd.Function):
             ),
             None,
         )
+
+
+def _in_torch(query, value, tap_keys, proj_bias, rpb, kernel_sizes):
+    """What ``_ContMix`` computes, in differentiable operations."""
+    sides = [2 * k - 1 for k in kernel_sizes]
+    rpbs = [
+        r.unflatten(1, (side, side))
+        for r, side in zip(rpb.split([s * s for s in sides], dim=1), sides, strict=True)
+    ]
+    return contmix_torch.mix_with_tap_keys(
+        query, tap_keys.mT, value, proj_bias, rpbs, kernel_sizes
+    )
 
 
 def _bias_rows(height, k, like):

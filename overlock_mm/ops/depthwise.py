@@ -4,14 +4,19 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from .modes import autocast_dtype, is_compiling
+from .modes import (
+    autocast_dtype,
+    differentiable_gradients,
+    needs_plain_ops,
+    without_autocast,
+)
 
 # Positions whose products the CPU's weight gradient sums up at once.
 _POSITIONS = 1 << 15
@@ -74,9 +79,9 @@ def depthwise_conv2d(
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return depthwise_conv2d(x, weight, bias, dilation)
-    if is_compiling() or not _worthwhile(x, weight, dilation):
+    if needs_plain_ops() or not _worthwhile(x, weight, dilation):
         return _conv(x, weight, bias, dilation)
     return _Depthwise.apply(x, weight, bias, dilation)
 
@@ -120,18 +125,21 @@ class _Depthwise(torch.autograd.Function):
         return out if bias is None else out.add_(bias.view(-1, 1, 1))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        grad_x = _op('input_grad', weight, grad, weight, ctx.dilation) if for_x else None
-        grad_weight = None
+        grad_x = grad_weight = None
+        grad_bias = grad.sum((0, 2, 3)) if for_bias else None
+        if torch.is_grad_enabled():
+            conv = partial(_conv, dilation=ctx.dilation)
+            grad_x, grad_weight = differentiable_gradients(conv, (x, weight), grad)
+            return grad_x, grad_weight, grad_bias, None
+        if for_x:
+            grad_x = _op('input_grad', weight, grad, weight, ctx.dilation)
         if for_weight:
             k = weight.shape[-1]
-            grad_weight = _op('weight_grad', weight, x, grad, k, ctx.dilation).to(
-                weight.dtype
-            )
-        grad_bias = grad.sum((0, 2, 3)) if for_bias else None
+            grad_weight = _op('weight_grad', weight, x, grad, k, ctx.dilation)
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 

