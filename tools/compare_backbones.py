@@ -1,6 +1,6 @@
 """Train on two demo scenes with OverLoCK-XT, ResNet-18 and Swin-T; draw the losses.
 
-All start from random weights. Used for docs/training.md; about 10 minutes on one CPU core.
+All start from random weights. It takes about 10 minutes on one idle CPU core.
 """
 
 import argparse
