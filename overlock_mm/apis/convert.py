@@ -52,7 +52,7 @@ def convert(
         raise UserError(
             'a .safetensors file has no place for --keep-optimizer; write a .pth file'
         )
-    source = check_file(source, 'checkpoint') or source
+    source = check_file(source, 'checkpoint')
     content = read_weights(source, trust=trust)
     whole = to in ('overlock_mm', 'released')
     text = described_config(cfg) if cfg is not None and whole else None

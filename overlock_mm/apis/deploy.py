@@ -47,7 +47,7 @@ def deploy(
         CheckpointError: if the checkpoint cannot be read, or does not fit the model.
     """
     cfg = load_config(config, cfg_options)
-    checkpoint = check_file(checkpoint, 'checkpoint') or checkpoint
+    checkpoint = check_file(checkpoint, 'checkpoint')
     out = check_output(out, ['.pth'], force)
     out_config = check_output(out.with_suffix('.py'), ['.py'], force)
     for given, written in ((checkpoint, out), (config, out_config)):
