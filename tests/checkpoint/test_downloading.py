@@ -2,13 +2,13 @@
 
 import hashlib
 import http.server
-import subprocess
-import sys
+import multiprocessing
 import threading
+import time
 
 import pytest
 import torch
-from helpers import ROOT, TINY, classifier_state, tiny
+from helpers import TINY, classifier_state, tiny
 
 from overlock_mm import OverLoCK, load_checkpoint
 from overlock_mm.checkpoint import RELEASE, download, downloading
@@ -46,6 +46,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         half = len(self.content) // 2
         self.wfile.write(self.content[:half])
+        if self.path == '/slow.pth':
+            time.sleep(0.3)
         if self.path == '/stalls.pth':
             self.server.stop.wait(10)
         elif self.path != '/truncated.pth':
@@ -123,20 +125,21 @@ def test_checksum(server):
     assert download(f'{server}/weights-{right[:8]}.pth').exists()
 
 
-def test_several_processes_download_once(tmp_path, server):
-    url = f'{server}/weights.pth'
-    code = f"""
-import torch
-from overlock_mm.checkpoint import download
-torch.hub.set_dir({str(tmp_path / 'hub')!r})
-print(download({url!r}))
-"""
-    command = [sys.executable, '-c', code]
-    started = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    printed = {process.communicate()[0].strip() for process in started}
-    assert printed == {str(cached(url))} and not any(p.returncode for p in started)
-    assert Server.requests.count('/weights.pth') == 1
+def download_together(barrier, url, results):
+    barrier.wait()
+    results.put(str(download(url)))
+
+
+def test_several_processes_download_once(server):
+    """They ask at the same time, and the download takes a while."""
+    url, processes = f'{server}/slow.pth', multiprocessing.get_context('fork')
+    barrier, results = processes.Barrier(3), processes.Queue()
+    args = barrier, url, results
+    started = [processes.Process(target=download_together, args=args) for _ in range(3)]
+    for process in started:
+        process.start()
+    assert {results.get(timeout=60) for _ in started} == {str(cached(url))}
+    for process in started:
+        process.join()
+    assert Server.requests.count('/slow.pth') == 1
     assert cached(url).read_bytes() == Server.content
