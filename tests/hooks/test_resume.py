@@ -286,12 +286,22 @@ def test_several_optimizers(tmp_path):
         assert set(content['optimizer']) == {'first', 'second'}
 
 
-def test_loss_scaling():
-    """Gradient scalers hold plain numbers, whatever the device."""
+def test_loss_scaling(tmp_path):
+    """What AmpOptimWrapper saves of its scaler; it cannot be built without a GPU."""
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
-    scaler._lazy_init_scale_growth_tracker(torch.device('cpu'))
-    state = scaler.state_dict()
-    assert state['scale'] == 4.0 and all(isinstance(v, int | float) for v in state.values())
+    loss = scaler.scale(nn.Linear(1, 1)(torch.ones(1, 1)).sum())
+    loss.backward()
+    torch.save(dict(optimizer=dict(loss_scaler=scaler.state_dict())), tmp_path / 'w.pth')
+    read = read_weights(tmp_path / 'w.pth')['optimizer']['loss_scaler']
+    assert read == scaler.state_dict() and read['scale'] == 4.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='mixed precision needs a GPU')
+def test_mixed_precision(tmp_path):
+    wrapper = dict(type='AmpOptimWrapper', optimizer=SGD, loss_scale='dynamic')
+    content = check_resumed(tmp_path, wrapper=wrapper)
+    assert content['optimizer']['loss_scaler']['scale'] > 1
 
 
 METAINFO = dict(
