@@ -19,7 +19,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from overlock_mm import OverLoCK
-from overlock_mm.archs import ARCHS, channels_of
+from overlock_mm.archs import ARCHS
 from overlock_mm.config.load import load_config
 from overlock_mm.datasets.demo import CLASSES, PALETTE
 from overlock_mm.errors import UserError
@@ -120,7 +120,7 @@ def test_parts_fit_together(path):
         maps = model.extract_feat(torch.empty(1, 3, 64, 64, device='meta'))
         if path.parent.name == 'segmentation':
             classes = cfg.model.decode_head.num_classes
-            assert [m.shape[1] for m in maps] == list(channels_of(arch))
+            assert [m.shape[1] for m in maps] == list(OverLoCK.channels_of(arch))
             assert model.decode_head(maps).shape == (1, classes, 16, 16)
             assert model.auxiliary_head(maps).shape == (1, classes, 4, 4)
         else:
