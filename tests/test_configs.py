@@ -113,7 +113,8 @@ def test_parts_fit_together(path):
     assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.hooks']
     assert cfg.default_hooks.loading.type == 'StrictLoadingHook'
     # one block a stage, and no numbers: the channels stay those of the arch
-    backbone.arch = dict(OverLoCK.arch_settings[arch], depths=(1, 1, 1, 1), focus_depths=(1, 1))
+    sizes = OverLoCK.arch_settings[arch]
+    backbone.arch = dict(sizes, depths=(1, 1, 1, 1), focus_depths=(1, 1))
     with torch.device('meta'):
         model = build_model(cfg).eval()
     with torch.no_grad():
