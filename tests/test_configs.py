@@ -19,13 +19,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from overlock_mm import OverLoCK
-from overlock_mm.archs import ARCHS, channels_of
 from overlock_mm.config.load import load_config
 from overlock_mm.datasets.demo import CLASSES, PALETTE
 from overlock_mm.errors import UserError
 
 RECIPES = json.loads((ROOT / 'tests/recipes.json').read_text())
 DEMOS = [SEGMENTATION_DEMO, DETECTION_DEMO]
+NAMES = ('xt', 't', 's', 'b')
 CONFIGS = sorted(
     path
     for task in ('segmentation', 'detection')
@@ -40,7 +40,7 @@ def name(path):
 
 
 def arch_of(path):
-    return next(part for part in path.stem.split('_') if part in ARCHS)
+    return next(part for part in path.stem.split('_') if part in NAMES)
 
 
 # One config of each kind; the others differ in the arch and what follows from it.
@@ -95,9 +95,9 @@ def test_recipe(path):
 def test_there_is_a_config_for_every_row():
     """Four archs for UperNet and the cascade, two schedules for Mask R-CNN, two demos."""
     assert {p.stem for p in CONFIGS} == {
-        *(f'upernet_overlock_{a}' for a in ARCHS),
-        *(f'cascade_mask_rcnn_overlock_{a}' for a in ARCHS),
-        *(f'mask_rcnn_overlock_{a}_{s}' for a in ARCHS for s in ('1x', '3x')),
+        *(f'upernet_overlock_{a}' for a in NAMES),
+        *(f'cascade_mask_rcnn_overlock_{a}' for a in NAMES),
+        *(f'mask_rcnn_overlock_{a}_{s}' for a in NAMES for s in ('1x', '3x')),
         'upernet_overlock_xt_demo',
         'cascade_mask_rcnn_overlock_xt_demo',
     }
@@ -113,14 +113,15 @@ def test_parts_fit_together(path):
     assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.hooks']
     assert cfg.default_hooks.loading.type == 'StrictLoadingHook'
     # one block a stage, and no numbers: the channels stay those of the arch
-    backbone.arch = dict(ARCHS[arch], depths=(1, 1, 1, 1), focus_depths=(1, 1))
+    sizes = OverLoCK.arch_settings[arch]
+    backbone.arch = dict(sizes, depths=(1, 1, 1, 1), focus_depths=(1, 1))
     with torch.device('meta'):
         model = build_model(cfg).eval()
     with torch.no_grad():
         maps = model.extract_feat(torch.empty(1, 3, 64, 64, device='meta'))
         if path.parent.name == 'segmentation':
             classes = cfg.model.decode_head.num_classes
-            assert [m.shape[1] for m in maps] == list(channels_of(arch))
+            assert [m.shape[1] for m in maps] == list(OverLoCK.channels_of(arch))
             assert model.decode_head(maps).shape == (1, classes, 16, 16)
             assert model.auxiliary_head(maps).shape == (1, classes, 4, 4)
         else:

@@ -26,8 +26,10 @@ from helpers import (
 from mmengine.config import Config
 
 import overlock_mm.timm  # noqa: F401
-from overlock_mm import OverLoCK, cli, load_checkpoint
+from overlock_mm import OverLoCK, load_checkpoint
 from overlock_mm.checkpoint import read_weights, unwrap
+from overlock_mm.config.edit import without_pretrained
+from overlock_mm.config.load import build_model
 from overlock_mm.convert import convert_checkpoint
 
 HEADS = json.loads((CASES / 'heads.json').read_text())
@@ -128,8 +130,8 @@ def config_of(name):
 
 def model_of(config):
     cfg = Config.fromfile(config)
-    cli.without_pretrained(cfg.model)
-    return cli.build_model(cfg)
+    without_pretrained(cfg.model)
+    return build_model(cfg)
 
 
 def check_parity(model, case, name='out'):
