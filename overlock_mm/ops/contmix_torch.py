@@ -254,12 +254,8 @@ def _biases_of(biases, rows, cols):
 def _band(kernels, rows, cols, k, bands):
     """Lay out kernels (N, G, rows, cols, k*k) by the keys that the tile reads.
 
-    Args:
-        bands: empty at first; keeps buffers whose zeros are used again.
-
-    Returns:
-        ``(N, G, rows, cols, k * number of key columns)``; rows and columns are one dim
-        if all rows read the same windows.
+    Returns (N, G, rows, cols, k * number of key columns), with rows and columns as one
+    dim if all rows read the same windows. ``bands`` keeps buffers to use again.
     """
     if not cols.fixed:
         shape = (*kernels.shape[:4], k * (k + cols.count - 1))
