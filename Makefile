@@ -1,28 +1,36 @@
-# make demo, make demo-detection, make test: each sets everything up first.
+# make demo, make demo-detection, make test: each installs what it needs first.
 PYTHON ?= python3
-VENV := .venv/bin/python
+BIN := .venv/bin
 # On a shared machine OpenMP's threads lose whole time slices spinning at barriers.
 export GOMP_SPINCOUNT ?= 20000
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo demo-detection test format clean
+.PHONY: setup demo demo-detection lint test test-slow format clean
 
 setup:
 	@$(PYTHON) tools/setup_env.py
 
 demo: setup
-	@$(VENV) tools/run_demo.py segmentation
+	@$(BIN)/python tools/run_demo.py segmentation
 
 demo-detection: setup
-	@$(VENV) tools/run_demo.py detection
+	@$(BIN)/python tools/run_demo.py detection
 
-test: setup
-	$(VENV) -m ruff check .
-	$(VENV) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist worksteal
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+test: lint
+	$(PYTEST) -m 'not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 format: setup
-	$(VENV) -m ruff check --fix .
-	$(VENV) -m ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf .venv data/demo work_dirs/demo_segmentation work_dirs/demo_detection

@@ -1,8 +1,16 @@
-"""The architectures: their sizes, and what follows from them. Imports nothing of ours."""
+"""The architectures and what follows from their sizes. Imports nothing of the package."""
 
-# Strides of the four maps.
+from collections.abc import Mapping
+
+# Strides of the four output maps.
 STRIDES = (4, 8, 16, 32)
-# Default architectures; see the `arch` argument of OverLoCK for the fields.
+# The architectures of the paper. Base-Net: stages 1 to 3; Overview-Net: stage 4;
+# Focus-Net: two stages, on the maps of strides 16 and 32.
+#   depths: blocks of stages 1 to 4
+#   focus_depths: blocks of the two stages of the Focus-Net
+#   embed_dims: channels of stages 1 to 4; the Focus-Net has those of stages 3 and 4
+#   kernel_sizes: large kernels, likewise
+#   focus_heads: in each stage of the Focus-Net, ContMix has twice as many heads a kernel
 ARCHS = dict(
     xt=dict(
         depths=(2, 2, 3, 2),
@@ -33,9 +41,15 @@ ARCHS = dict(
         focus_heads=(6, 9),
     ),
 )
-LONG_NAMES = {'extreme-tiny': 'xt', 'tiny': 't', 'small': 's', 'base': 'b'}
+ARCHS |= {
+    'extreme-tiny': ARCHS['xt'],
+    'tiny': ARCHS['t'],
+    'small': ARCHS['s'],
+    'base': ARCHS['b'],
+}
 _FIELDS = dict(depths=4, focus_depths=2, embed_dims=4, kernel_sizes=4, focus_heads=2)
-# The children of the backbone that only the map of this index and later ones need.
+# The children of the backbone that are built only if a map of this index or a later one
+# is returned.
 PARTS_FROM = {
     1: ('patch_embed2', 'blocks2'),
     2: (
@@ -48,8 +62,8 @@ PARTS_FROM = {
     ),
     3: ('patch_embedx', 'sub_blocks4'),
 }
-# Kernel size and dilation of the branches beside each large kernel, as in
-# UniRepLKNet (https://arxiv.org/abs/2311.15599).
+# Kernel size and dilation of the branches beside each large kernel, as in UniRepLKNet
+# (https://arxiv.org/abs/2311.15599).
 DILATED_BRANCHES = {
     19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
     17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
@@ -62,25 +76,30 @@ DILATED_BRANCHES = {
 }
 
 
-def settings_of(arch: str | dict) -> dict[str, tuple[int, ...]]:
+def settings_of(
+    arch: str | dict, archs: Mapping[str, dict] = ARCHS
+) -> dict[str, tuple[int, ...]]:
     """The sizes of an architecture.
 
     Args:
-        arch: 'xt', 't', 's' or 'b', a long name ('extreme-tiny', 'tiny', 'small',
-            'base'), or a dict with the fields of an entry of ``ARCHS``.
+        arch: a name in ``archs`` ('xt', 't', 's', 'b', or in full 'extreme-tiny',
+            'tiny', 'small', 'base'), or a dict with the fields of ``ARCHS``.
+        archs: the named architectures.
+
+    Returns:
+        A dict with the fields of ``ARCHS``.
 
     Raises:
-        ValueError: if the name is unknown, or the dict lacks a field, has another or
-            holds sizes that do not fit together.
+        ValueError: if the name is unknown, if fields are missing or unknown, or if the
+            sizes do not fit together.
     """
     if isinstance(arch, str):
-        name = LONG_NAMES.get(arch, arch)
-        if name not in ARCHS:
+        if arch not in archs:
             raise ValueError(
-                f'arch={arch!r} is not one of {sorted([*ARCHS, *LONG_NAMES])}; choose one, '
-                f'or give a dict with the fields {sorted(_FIELDS)}'
+                f'arch={arch!r} is unknown; choose one of {sorted(archs)}, or give a dict '
+                f'with the fields {sorted(_FIELDS)}'
             )
-        return ARCHS[name]
+        arch = archs[arch]
     settings = {k: (v,) if isinstance(v, int) else tuple(v) for k, v in arch.items()}
     lengths = {k: len(v) for k, v in settings.items()}
     if lengths != _FIELDS:
@@ -89,7 +108,7 @@ def settings_of(arch: str | dict) -> dict[str, tuple[int, ...]]:
             f'{lengths}'
         )
     if min(v for values in settings.values() for v in values) < 1:
-        raise ValueError(f'every number of an arch dict must be at least 1, got {arch}')
+        raise ValueError(f'every number in an arch dict must be at least 1, got {arch}')
     dims, heads = settings['embed_dims'], settings['focus_heads']
     if (
         dims[0] % 2
@@ -103,12 +122,12 @@ def settings_of(arch: str | dict) -> dict[str, tuple[int, ...]]:
     return settings
 
 
-def context_channels(arch: str | dict) -> int:
+def context_channels(settings: Mapping[str, tuple[int, ...]]) -> int:
     """Channels of the context that the Overview-Net gives to the Focus-Net."""
-    return settings_of(arch)['embed_dims'][3] // 4
+    return settings['embed_dims'][3] // 4
 
 
-def channels_of(arch: str | dict) -> tuple[int, int, int, int]:
-    """Channels of the four maps, in the order of ``STRIDES``."""
-    dims, context = settings_of(arch)['embed_dims'], context_channels(arch)
+def map_channels(settings: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int, int]:
+    """Channels of the four output maps, in the order of ``STRIDES``."""
+    dims, context = settings['embed_dims'], context_channels(settings)
     return dims[0], dims[1], dims[2] + context, dims[3] + context

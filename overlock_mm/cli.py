@@ -1,48 +1,82 @@
 """What the command lines share: arguments, and errors as plain messages."""
 
+import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from .config.load import load_config
+from .apis.files import check_file, check_output
+from .apis.messages import rank
 from .errors import CheckpointError, UserError
+
+__all__ = [
+    'UserError',
+    'add_config_options',
+    'add_debug_option',
+    'add_run_arguments',
+    'check_file',
+    'check_output',
+    'plain_errors',
+]
+
+_DEBUG = 'OVERLOCK_MM_DEBUG'
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn errors that the caller can mend into one line on stderr and exit status 2."""
+    """Turn errors that the user can fix into one line on stderr and exit status 2.
+
+    Every process says it, those above rank 0 with their rank. With ``--debug``, or
+    ``OVERLOCK_MM_DEBUG=1`` in the environment, the traceback comes before the line.
+    """
     try:
         yield
     except (UserError, CheckpointError) as error:
-        if is_main_process():
-            sys.stderr.write(f'error: {error}\n')
+        if os.environ.get(_DEBUG, '0') not in ('', '0'):
+            traceback.print_exc()
+        where = f' (rank {rank()})' if rank() else ''
+        sys.stderr.write(f'error{where}: {error}\n')
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)  # the status of an interrupted command; where it was says nothing
+        sys.exit(130)  # the usual status of an interrupted command
 
 
-def is_main_process() -> bool:
-    """Whether this is the only or the first process, whatever started it."""
-    ranks = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    return next((os.environ[r] for r in ranks if r in os.environ), '0') == '0'
+class _Debug(argparse.Action):
+    """Set the environment variable, which processes started from this one see too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        os.environ[_DEBUG] = '1'
 
 
-def add_config_options(parser) -> None:
+def add_debug_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--debug``, which :func:`plain_errors` follows."""
+    parser.add_argument(
+        '--debug',
+        action=_Debug,
+        default=argparse.SUPPRESS,
+        help=f'show where an error comes from, as {_DEBUG}=1 in the environment does',
+    )
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``."""
-    from mmengine.config import DictAction
+    from mmengine.config import DictAction  # tools without configs do not need it
 
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='override config entries, e.g. train_dataloader.batch_size=4',
+        help='override keys of the config, e.g. train_dataloader.batch_size=4',
     )
 
 
-def add_run_arguments(parser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that training and testing have in common."""
     parser.add_argument(
         '--work-dir',
@@ -56,38 +90,17 @@ def add_run_arguments(parser) -> None:
         help='how distributed processes were started',
     )
     parser.add_argument(
-        '--local-rank', '--local_rank', type=int, default=0, help='set by the launcher'
+        '--local-rank', '--local_rank', type=_local_rank, help=argparse.SUPPRESS
     )
+    parser.add_argument(
+        '--skip-checks',
+        action='store_true',
+        help='do not check the data set and classes before the run',
+    )
+    add_debug_option(parser)
 
 
-def load_run_config(args):
-    """Read ``args.config`` and apply the options of :func:`add_run_arguments`."""
-    cfg = load_config(args.config, args.cfg_options)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg.launcher = args.launcher
-    name = Path(args.config).stem
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{name}'
-    return cfg
-
-
-def check_output(path: str, suffixes: Sequence[str], force: bool) -> Path:
-    """Raise :class:`UserError` if a file cannot be written, or exists without ``force``."""
-    path = Path(path)
-    writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
-    if path.suffix not in suffixes or not writable or path.is_dir():
-        raise UserError(
-            f'{path} must end in {" or ".join(suffixes)} and be in a folder that exists '
-            'and can be written to'
-        )
-    if path.exists() and not force:
-        raise UserError(f'{path} exists; give another name, or --force')
-    return path
-
-
-def check_file(path: str, what: str) -> None:
-    """Raise :class:`UserError` if ``path`` is neither a file nor a URL."""
-    if not path.startswith(('http://', 'https://')) and not os.path.isfile(path):
-        raise UserError(
-            f'{what} {path} does not exist; give the path of a file, or a URL that begins '
-            'with http:// or https://'
-        )
+def _local_rank(value: str) -> str:
+    """Keep what an older launcher gives as an argument where mmengine looks for it."""
+    os.environ.setdefault('LOCAL_RANK', value)
+    return value

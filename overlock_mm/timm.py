@@ -8,9 +8,17 @@ from urllib.error import URLError
 
 from mmengine.logging import print_log
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from .checkpoint import RELEASE, cannot_download, fit, plain_data_allowed
+from .checkpoint import (
+    RELEASE,
+    LoadOptions,
+    cannot_download,
+    fit,
+    plain_data_allowed,
+)
+from .models.blocks import DynamicConvBlock, RepConvBlock
 from .models.classifier import AuxiliaryLoss, OverLoCKClassifier
 
 __all__ = ['AuxiliaryLoss', 'OverLoCKClassifier']
@@ -19,23 +27,38 @@ _CLASSIFIERS = ('head.4', 'aux_head.2')
 _FIRST_CONV = 'patch_embed1.0'
 _REPARAM_TAG = 'in1k_reparam'
 
+# torch.fx, and timm's feature extractors with it, take a block as one node
+for _block in (RepConvBlock, DynamicConvBlock):
+    register_notrace_module(_block)
+
 
 def checkpoint_filter_fn(checkpoint: dict, model: OverLoCKClassifier) -> dict:
-    """The entries of a file for timm to load, checked and reported as elsewhere.
+    """The weights that timm is to load, checked and reported as in ``load_checkpoint``.
 
-    timm loads without strictness once the number of classes differs. Here all but the
+    timm does not load strictly if the number of classes differs. Here everything but the
     classifiers and the first convolution, which timm adapts, must fit the model.
 
+    Args:
+        checkpoint: content of a checkpoint file.
+        model: the model to load into.
+
+    Returns:
+        A state dict for ``model``.
+
     Raises:
-        CheckpointError: if the file is of another arch or form, or no checkpoint.
+        CheckpointError: if the checkpoint is not one of this arch and form.
     """
     adapted = (*(f'{name}.' for name in _CLASSIFIERS), f'{_FIRST_CONV}.')
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     source = cfg.get('file') or cfg.get('url') or 'the checkpoint'
     report, state = fit(
-        model, checkpoint, source, ignore_mismatched=adapted, logger='silent'
+        model,
+        checkpoint,
+        source,
+        LoadOptions(ignore_mismatched=adapted),
+        logger='silent',
     )
-    report.ignored_for = 'timm to adapt'
+    report.ignored_because = 'timm adapts them'
     print_log(str(report), logger='current')
     return state | report.ignored
 
@@ -70,7 +93,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_overlock(arch: str, pretrained: bool, pretrained_cfg=None, **kwargs):
-    """Build a model; the deploy form and the weights of that form go together."""
+    """Build a model; ``deploy`` and the weights in deploy form imply each other."""
     tag = pretrained_cfg
     if not isinstance(tag, str | None):
         tag = tag.get('tag') if isinstance(tag, dict) else tag.tag

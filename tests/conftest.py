@@ -14,6 +14,16 @@ if not torch.cuda.is_available():
 from helpers import CHANNELS, DETECTION, SEGMENTATION, TINY  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope='session')
+def _dumps_as_they_are():
+    """Do not format configs: it is most of the time of a small run, five times in each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            'yapf.yapflib.yapf_api.FormatCode', lambda text, **options: (text, True)
+        )
+        yield
+
+
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory):
     """A small demo data set: (a folder to run in, with data/demo below it)."""

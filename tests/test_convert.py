@@ -86,7 +86,7 @@ def test_what_is_not_known_is_not_written():
 
 @pytest.mark.parametrize('task', ['segmentation', 'detection'])
 @pytest.mark.parametrize('deploy', [False, True])
-def test_imagenet_file_in_dense_form(tmp_path, task, deploy):
+def test_imagenet_file_in_dense_layout(tmp_path, task, deploy):
     source = changed(tiny(deploy=deploy))
     state = classifier_state(source)
     dense = convert_checkpoint(dict(model=state), task)
@@ -130,17 +130,25 @@ def test_half(tmp_path):
             value = value.half()
         assert half[name].dtype == value.dtype and torch.equal(half[name], value)
     source['state_dict']['decode_head.conv_seg.weight'][0] = 1e6
-    with pytest.raises(CheckpointError, match=r'conv_seg.weight has values too large'):
+    with pytest.raises(CheckpointError, match='has values that are too large'):
         convert_checkpoint(source, half=True)
 
 
 @pytest.mark.parametrize(
     'make, to, message',
     [
-        (lambda: dict(a=torch.ones(1)), 'overlock_mm', 'holds no OverLoCK'),
-        (lambda: dict(a=1), 'overlock_mm', 'holds a dict with a, no state dict'),
-        (lambda: tiny().state_dict(), 'overlock_mm', 'no whole detector or segmentor'),
-        (lambda: classifier_state(tiny()), 'released', "converts to .* 'segmentation'"),
+        (lambda: dict(a=torch.ones(1)), 'overlock_mm', 'has no OverLoCK'),
+        (
+            lambda: dict(a=1),
+            'overlock_mm',
+            'with the keys a, but no state dict',
+        ),
+        (lambda: tiny().state_dict(), 'overlock_mm', 'not a whole detector or segmentor'),
+        (
+            lambda: classifier_state(tiny()),
+            'released',
+            "converted to .* 'segmentation'",
+        ),
         (lambda: released(), 'detection', 'only an ImageNet file'),
         (lambda: tiny().state_dict(), 'segmentation', 'only an ImageNet file'),
         (
@@ -148,7 +156,7 @@ def test_half(tmp_path):
                 k: v for k, v in released()['state_dict'].items() if 'blocks4' not in k
             },
             'overlock_mm',
-            'holds only a part of',
+            'has only a part of',
         ),
         (
             lambda: {
@@ -162,7 +170,7 @@ def test_half(tmp_path):
 def test_what_cannot_be_converted(make, to, message):
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(make(), to)
-    with pytest.raises(ValueError, match="to='timm' is none of"):
+    with pytest.raises(ValueError, match="to='timm' must be one of"):
         convert_checkpoint(make(), 'timm')
 
 

@@ -1,4 +1,4 @@
-"""The classifier and its timm interface, checked as timm checks its own models."""
+"""The classifier and its timm interface: what timm's own tests ask of a model, and more."""
 
 import argparse
 import copy
@@ -12,7 +12,7 @@ import timm
 import torch
 from helpers import TINY, filled, image, randomised, relative_error
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import group_parameters
+from timm.models import FeatureInfo, create_feature_extractor, group_parameters
 from timm.task import ClassificationTask
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import overlock_mm.timm
 from overlock_mm import OverLoCK, fold
 from overlock_mm.errors import CheckpointError
+from overlock_mm.models.contmix import ContMix
 from overlock_mm.timm import AuxiliaryLoss, OverLoCKClassifier
 
 MODELS = ['overlock_xt', 'overlock_t', 'overlock_s', 'overlock_b']
@@ -45,6 +46,12 @@ def tiny_arch(monkeypatch):
     return 'overlock_xt'
 
 
+@pytest.fixture
+def shapes_only(monkeypatch):
+    """Skip ContMix, which keeps shapes: its loops are most of the time on meta tensors."""
+    monkeypatch.setattr(ContMix, 'forward', lambda self, x, context, value: value)
+
+
 def test_registered():
     assert timm.list_models('overlock*') == sorted(MODELS)
     assert timm.list_models('overlock*', pretrained=True) == sorted(
@@ -64,11 +71,14 @@ def test_forward_backward(name):
         assert p.grad.isfinite().all(), n
     with torch.no_grad():
         logits = model.eval()(image(1, 3, 64, 32))
+        # checkpointing is of no effect without gradients
+        model.set_grad_checkpointing()
+        assert torch.equal(model(image(1, 3, 64, 32)), logits)
     assert logits.shape == (1, 7) and logits.isfinite().all()
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_feature_info(name):
+def test_feature_info(name, shapes_only):
     with torch.device('meta'):
         model = timm.create_model(name, features_only=True).eval()
         assert model.feature_info.channels() == CHANNELS[name]
@@ -145,13 +155,15 @@ def test_forward_intermediates():
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('tag', ['in1k', 'in1k_reparam'])
-def test_pretrained_cfg(name, tag):
+def test_pretrained_cfg(name, tag, shapes_only):
     with torch.device('meta'):
         model = timm.create_model(f'{name}.{tag}').eval()
         cfg = model.pretrained_cfg
         maps = model.forward_features(torch.empty(1, *cfg['input_size']))
         logits = model.forward_head(maps)
+        features = model.forward_head(maps, pre_logits=True)
     assert maps.shape[2:] == cfg['pool_size'] and maps.shape[1] == model.num_features
+    assert features.shape == (1, model.head_hidden_size)
     assert logits.shape == (1, cfg['num_classes'])
     state = model.state_dict()
     for classifier in cfg['classifier']:
@@ -204,8 +216,9 @@ def test_pretrained(tiny_arch, tmp_path, wrapper, deploy):
     loaded = timm.create_model(
         tiny_arch, pretrained=True, deploy=deploy, pretrained_cfg_overlay=overlay
     )
+    state = loaded.state_dict()
     for name, tensor in source.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert torch.equal(state[name], tensor), name
     # as a URL gives it: unwrapped by the filter alone
     checkpoint = torch.load(overlay['file'], weights_only=True)
     filtered = overlock_mm.timm.checkpoint_filter_fn(checkpoint, loaded)
@@ -390,11 +403,47 @@ def test_reset_classifier():
     assert model(x).shape == (2, 1024)
     model.reset_classifier(4, 'avg')
     assert [t.shape for t in model(x)] == [(2, 4), (2, 4)]
-    with pytest.raises(ValueError, match='global_pool'):
-        model.reset_classifier(4, 'max')
+    with pytest.raises(ValueError, match="global_pool='median' must be one of"):
+        model.reset_classifier(4, 'median')
+    assert [t.shape for t in model(x)] == [(2, 4), (2, 4)]  # as it was
     model.prune_intermediate_layers([1])
     with pytest.raises(RuntimeError, match='has no head'):
         model.reset_classifier(4)
+
+
+@pytest.mark.parametrize('how', ['constructor', 'reset'])
+@pytest.mark.parametrize('num_classes', [0, 5])
+@pytest.mark.parametrize('pool', ['', 'avg', 'max', 'avgmax'])
+def test_global_pool(tiny_arch, pool, num_classes, how):
+    """The features in front of the classifier, pooled or not; also after folding."""
+    x = image(2, 3, 64, 96)
+    if how == 'constructor':
+        model = timm.create_model(tiny_arch, num_classes=num_classes, global_pool=pool)
+    else:
+        model = timm.create_model(tiny_arch, num_classes=3)
+        model.reset_classifier(num_classes, pool)
+    randomised(model).eval()
+    with torch.no_grad():
+        maps = model.head[:3](model.forward_features(x))
+        assert maps.shape == (2, 1024, 2, 3)
+        average, largest = maps.mean((2, 3), True), maps.amax((2, 3), True)
+        pooled = {'': maps, 'avg': average, 'max': largest}
+        pooled['avgmax'] = (average + largest) / 2
+        features = pooled[pool] if not pool else pooled[pool].flatten(1)
+        expected = model.get_classifier()(pooled[pool])
+        expected = expected.flatten(1) if pool else expected
+        out = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(out, features)
+        torch.testing.assert_close(model(x), expected)
+        assert relative_error(fold(copy.deepcopy(model))(x), expected) < 1e-4
+    if num_classes:  # both heads have the same pooling in training
+        main, auxiliary = model.train()(x)
+        assert main.shape == auxiliary.shape == expected.shape
+
+
+def test_unknown_global_pool():
+    with pytest.raises(ValueError, match="global_pool='catavgmax' must be one of"):
+        OverLoCKClassifier(TINY, global_pool='catavgmax')
 
 
 def test_pruning_keeps_the_head_if_asked():
@@ -570,7 +619,7 @@ def test_fold_a_real_model(kwargs):
             assert relative_error(out, needed) < 1e-4
 
 
-@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('folded', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_exports(folded):
     model, x = tiny().eval(), image(1, 3, 64, 96)
     with torch.no_grad():
@@ -579,3 +628,52 @@ def test_exports(folded):
             fold(model)
         program = torch.export.export(model, (x,))
         assert relative_error(program.module()(x), expected) < 1e-4
+
+
+def test_intermediates_are_the_features(tiny_arch):
+    """As timm compares them: final map, checkpointing, and the maps' declared sizes."""
+    model, x = randomised(timm.create_model(tiny_arch)).eval(), image(1, 3, 75, 96)
+    info = FeatureInfo(model.feature_info, out_indices=4)
+    final, maps = model.forward_intermediates(x, norm=True)
+    for m, channels, stride in zip(maps, info.channels(), info.reduction(), strict=True):
+        assert m.shape == (1, channels, -(-75 // stride), -(-96 // stride))
+    torch.testing.assert_close(final, model.forward_features(x))
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model.forward_intermediates(x)[0], final)
+    final.mean().backward()
+    assert model.blocks1[0].dwconv.weight.grad is not None
+
+
+@pytest.mark.parametrize('feature_cls', ['getter', 'fx'])
+def test_feature_extractors(tiny_arch, feature_cls):
+    full, x = randomised(timm.create_model(tiny_arch)).eval(), image(1, 3, 64, 96)
+    part = timm.create_model(tiny_arch, features_only=True, feature_cls=feature_cls).eval()
+    inner = part.model if feature_cls == 'getter' else part.graph_module
+    state = full.state_dict()
+    inner.load_state_dict({k: state[k] for k in inner.state_dict()})
+    with torch.no_grad():
+        expected = full.forward_intermediates(x, intermediates_only=True)
+        for m, needed in zip(part(x), expected, strict=True):
+            torch.testing.assert_close(m, needed)
+
+
+def test_graph_of_torch_fx(tiny_arch):
+    """In evaluation and in training, with blocks as nodes; wrong images are refused."""
+    model, x = randomised(timm.create_model(tiny_arch, num_classes=5)), image(2, 3, 64, 96)
+    nodes = ['blocks2.0', 'extra_norm.3', 'head.4']
+    graph = create_feature_extractor(model, nodes)
+    with torch.no_grad():
+        expected = model.eval()(x)
+        out = graph.eval()(x)
+    torch.testing.assert_close(out['head.4'].flatten(1), expected)
+    assert out['blocks2.0'].shape == (2, 16, 8, 12)
+    graph.train()(x)['head.4'].mean().backward()
+    assert graph.get_parameter('patch_embed1.0.weight').grad.isfinite().all()
+    with pytest.raises(ValueError, match='at least 32'):
+        graph(image(1, 3, 16, 64))
+
+
+def test_torchscript_scripting_says_what_to_use(tiny_arch):
+    model = nn.Sequential(timm.create_model(tiny_arch))
+    with pytest.raises(RuntimeError, match=r'torch\.export'):
+        torch.jit.script(model)

@@ -5,24 +5,12 @@ Writes OUT and, beside it, a config that loads it. The weights of a folded model
 """
 
 import argparse
-import os
-import sys
 
-try:
-    import torch
+from _guard import installed
 
-    from overlock_mm import OverLoCK, cli
-    from overlock_mm.checkpoint import fit, read_weights, write_weights
-    from overlock_mm.convert import origin
-except ModuleNotFoundError as error:
-    sys.stderr.write(
-        f'error: {error.name.partition(".")[0]} is not installed; in the folder of '
-        "overlock_mm run: pip install -e '.[onedl]'\n"
-    )
-    sys.exit(2)
-
-# Relative difference of a map that rounding explains.
-_TOLERANCE = 1e-4
+with installed():
+    from overlock_mm import cli
+    from overlock_mm.apis.deploy import deploy
 
 
 def parse_args():
@@ -31,7 +19,7 @@ def parse_args():
     parser.add_argument('checkpoint', help='its checkpoint, in training form; file or URL')
     parser.add_argument('out', metavar='OUT.pth', help='checkpoint to write')
     parser.add_argument(
-        '--trust', action='store_true', help='read the checkpoint even if it runs code'
+        '--trust', action='store_true', help='read the checkpoint even if it can run code'
     )
     parser.add_argument('--force', action='store_true', help='overwrite OUT and its config')
     cli.add_config_options(parser)
@@ -40,59 +28,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = cli.load_config(args.config, args.cfg_options)
-    cli.check_file(args.checkpoint, 'checkpoint')
-    out = cli.check_output(args.out, ['.pth'], args.force)
-    config = cli.check_output(out.with_suffix('.py'), ['.py'], args.force)
-    for given, written in ((args.checkpoint, out), (args.config, config)):
-        if written.exists() and os.path.exists(given) and written.samefile(given):
-            raise cli.UserError(
-                f'{written} would be written over what was given; choose another OUT'
-            )
-    cli.without_pretrained(cfg.get('model'))
-    model = cli.build_model(cfg)
-    if not isinstance(getattr(model, 'backbone', None), OverLoCK) or model.backbone.deploy:
-        raise cli.UserError(
-            f'the backbone of {args.config} is no OverLoCK in training form; there is '
-            'nothing to merge'
-        )
-    content = read_weights(args.checkpoint, trust=args.trust)
-    report, state = fit(model, content, args.checkpoint)
-    model.load_state_dict(state)
-    backbone = model.backbone.eval()
-    images = torch.randn(1, backbone.in_channels, 224, 320)
-    with torch.no_grad():
-        before, size = backbone(images), size_of(model)
-        backbone.switch_to_deploy()
-        after, merged_size = backbone(images), size_of(model)
-    error = max(
-        ((b - a).norm() / a.norm()).item() for a, b in zip(before, after, strict=True)
-    )
-    if not error < _TOLERANCE:
-        raise cli.UserError(
-            f'the merged backbone differs by {error:.1e} of its output, which rounding '
-            'does not explain; nothing was written. Are the weights finite?'
-        )
-    cfg.model.backbone.deploy = True
-    cfg.load_from = str(out.resolve())
-    meta = content.get('meta', {}) if report.key else {}
-    meta = dict(meta, overlock_mm=origin(args.checkpoint, args.config))
-    write_weights(dict(meta=meta, state_dict=model.state_dict()), out)
-    cfg.dump(config)
     print(
-        f'Merged: outputs on random input agree to {error:.1e}. The model has '
-        f'{merged_size[0] / 1e6:.2f}M parameters, before {size[0] / 1e6:.2f}M; in bytes '
-        f'{merged_size[1] / 2**20:.1f} MiB, before {size[1] / 2**20:.1f} MiB. '
-        f'Wrote {out} and {config}.'
-    )
-
-
-def size_of(model):
-    """Number of parameters, and bytes of all that a checkpoint has of the model."""
-    state = model.state_dict().values()
-    return (
-        sum(p.numel() for p in model.parameters()),
-        sum(v.numel() * v.element_size() for v in state),
+        deploy(
+            args.config,
+            args.checkpoint,
+            args.out,
+            cfg_options=args.cfg_options,
+            trust=args.trust,
+            force=args.force,
+        )
     )
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from _guard import installed
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -16,15 +18,9 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=256, help='height and width')
     args = parser.parse_args()
 
-    try:
+    with installed('onedl,demo'):
         # not at the top: it imports torch, which --help does without
         from overlock_mm.datasets.demo import make_demo_data
-    except ImportError as error:
-        parser.exit(
-            2,
-            f'{parser.prog}: error: {error}; in the folder of overlock_mm run: '
-            "pip install -e '.[onedl,demo]'\n",
-        )
     try:
         written = make_demo_data(args.root, args.seed, args.train, args.val, args.size)
     except (ImportError, OSError, ValueError) as error:

@@ -1,18 +1,9 @@
-_base_ = './default_runtime.py'
-default_scope = 'mmdet'
-visualizer = dict(
-    type='DetLocalVisualizer',
-    vis_backends=[dict(type='LocalVisBackend')],
-    name='visualizer',
-)
-log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
+_base_ = ['./default_runtime.py', 'mmdet::_base_/default_runtime.py']
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='DetVisualizationHook'),
+    # load_from must fit the model; options of load_checkpoint go here
+    loading=dict(type='StrictLoadingHook'),
+    # auto: the first metric of the evaluator, which is box AP for COCO
+    checkpoint=dict(max_keep_ckpts=3, save_best='auto'),
 )
 # for --tta, with the tta_pipeline of the data set
 tta_model = dict(

@@ -1,15 +1,18 @@
 """Checkpoints: read safely, recognised, matched with a model, loaded with a report."""
 
-from .download import RELEASE, cannot_download, download
+from .downloading import RELEASE, cannot_download, download
 from .files import plain_data_allowed, read_weights, write_weights
-from .forms import Form, form_of, unwrap, unwrapped
-from .matching import LoadReport, fit, load_checkpoint
+from .kinds import Kind, form_of, unwrap, unwrapped
+from .matching import fit, load_checkpoint
+from .report import LoadOptions, LoadReport, dataset_meta_of
 
 __all__ = [
     'RELEASE',
-    'Form',
+    'Kind',
+    'LoadOptions',
     'LoadReport',
     'cannot_download',
+    'dataset_meta_of',
     'download',
     'fit',
     'form_of',

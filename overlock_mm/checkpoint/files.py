@@ -1,166 +1,136 @@
-"""Reading a file of weights: from a path or a URL, without running what is in it."""
+"""Reading and writing files of weights."""
 
 import argparse
-import codecs
 import json
 import os
-import pickle
-import re
+import tarfile
 import tempfile
-from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
 
 from ..errors import CheckpointError, CheckpointNotFoundError
-from .download import download, no_weights
-
-# From torch 2.6 on, torch.load itself reads what is on a list, and nothing else.
-_HAS_LIST = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
-# What pickled tensors are made of; storages torch finds by itself.
-_TENSOR_PARTS = (
-    OrderedDict,
-    torch.Size,
-    torch.device,
-    torch.nn.Parameter,
-    torch._utils._rebuild_tensor_v2,
-    torch._utils._rebuild_parameter,
-    codecs.encode,
-)
-_UNTRUSTED = re.compile(r'(?:GLOBAL|global|class) (\S+?),? (?:was not|is not|whose)')
+from . import unpickling
+from .downloading import download, not_weights
 
 
-class _Refused(Exception):
-    """A file asks for something that is not read without trust; the message names it."""
+def read_weights(source: str | Path, map_location: str = 'cpu', trust: bool = False):
+    """Read a checkpoint file, without running code that may be in it.
 
-
-def read_weights(source: str, map_location: str = 'cpu', trust: bool = False):
-    """What a checkpoint file holds.
+    Beside tensors it may hold plain data, such as mmengine's runner, hooks, schedulers and
+    optimizer wrappers save, and released files: numbers, text, containers, numpy arrays,
+    configs, histories of logged values, ``argparse.Namespace`` and the like.
 
     Args:
         source: path or URL of a file of ``torch.save``, or of a ``.safetensors`` file.
         map_location: where tensors go.
-        trust: unpickle whatever the file holds, which can run any code. Without it,
-            tensors are read, and the plain data that released and mmengine
-            checkpoints have beside them: numpy scalars and arrays,
-            ``argparse.Namespace`` and mmengine's history buffers.
+        trust: unpickle whatever the file holds, which can run any code.
 
     Returns:
-        The object that was saved; for safetensors a dict of tensors, or, from a file of
-        :func:`write_weights`, one of ``meta`` and ``state_dict``.
+        The object that was saved; for safetensors a dict of tensors, or a dict with
+        ``meta`` and ``state_dict`` if :func:`write_weights` wrote the file.
 
     Raises:
-        CheckpointNotFoundError: if there is no such file; a FileNotFoundError, too.
-        CheckpointError: if it cannot be downloaded, is no file of weights, or holds
-            types that are not read without trust; these are named, never run.
+        CheckpointNotFoundError: if there is no such file. It is a FileNotFoundError, too.
+        CheckpointError: if the file cannot be downloaded, is not a checkpoint, or holds
+            more than plain data. The message names what it holds; none of it is run.
     """
     source = str(source)
-    path = (
-        download(source) if urlparse(source).scheme in ('http', 'https') else Path(source)
-    )
+    is_url = urlparse(source).scheme in ('http', 'https')
+    path = download(source) if is_url else Path(source).expanduser()
     if not path.exists():
         raise CheckpointNotFoundError(
             f'{path} does not exist; give the path or URL of a checkpoint'
         )
     if path.is_dir():
         raise CheckpointError(f'{path} is a folder; give the path of a checkpoint file')
-    problem = no_weights(path)
+    problem = not_weights(path)
     if problem:
-        raise CheckpointError(f'{path} is {problem}; remove it and get it again')
+        raise CheckpointError(f'{path} is {problem}; delete it and get the file again')
     if path.suffix == '.safetensors':
         return _read_safetensors(path, map_location)
     try:
-        if not trust and not _HAS_LIST:
-            content = torch.load(path, map_location, _PlainPickle, weights_only=False)
-        else:
-            with nullcontext() if trust else plain_data_allowed():
-                content = torch.load(path, map_location, weights_only=not trust)
-        if isinstance(content, torch.jit.ScriptModule):
-            raise ValueError('TorchScript')
-        return content
-    except MemoryError:
+        return _read_pickled(path, map_location, trust)
+    except (MemoryError, CheckpointError):
         raise
-    except Exception as error:  # damaged files end in any of them
+    except unpickling.Refused as error:
+        raise CheckpointError(
+            f'{path} holds {error}, which weights do not need and which may run code. '
+            'Nothing was run or loaded. If you know where the file comes from and trust '
+            'it, use trust=True'
+        ) from error
+    except Exception as error:  # a damaged file can raise any
         raise CheckpointError(f'{path} {_reason(path, error, trust)}') from error
+
+
+def plain_data_allowed():
+    """A context in which other readers, such as timm's, read files as released.
+
+    It is for ``torch.load(weights_only=True)``, and does nothing before torch 2.5, where
+    that cannot be extended.
+    """
+    if not hasattr(torch.serialization, 'safe_globals'):
+        return nullcontext()
+    scalar = (getattr(np, '_core', None) or np.core).multiarray.scalar
+    dtypes = {type(np.dtype(code)) for code in 'bBhHiIlLqQfd?'}
+    names = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
+    return torch.serialization.safe_globals([argparse.Namespace, np.dtype, *dtypes, *names])
+
+
+def _read_pickled(path, map_location, trust):
+    with path.open('rb') as file:
+        is_zip = file.read(4) == b'PK\x03\x04'
+    # torch.load would run the code of a TorchScript archive
+    if (
+        is_zip
+        and 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    ):
+        raise CheckpointError(
+            f'{path} is a TorchScript archive; give the checkpoint that it was made from'
+        )
+    if trust:
+        return torch.load(path, map_location, weights_only=False)
+    if tarfile.is_tarfile(path):  # which torch.load would unpack into a folder
+        raise unpickling.Refused('a tar archive')
+    # weights_only=True of torch has another list in each version; this one has ours
+    return torch.load(path, map_location, pickle_module=unpickling, weights_only=False)
 
 
 def _reason(path, error, trust) -> str:
     """What is wrong with a file that cannot be read, and what to do."""
-    found = _UNTRUSTED.search(str(error))
-    if isinstance(error, _Refused) or found and not trust:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    if 'pickle_module is specified' in reason or 'weights_only' in reason:
         return (
-            f'holds {found[1] if found else error}, which files of weights have no need '
-            'for and which may run code; nothing of it was run or loaded. If you know '
-            'where the file is from and trust it, say trust=True'
+            'cannot be read while TORCH_FORCE_WEIGHTS_ONLY_LOAD is set; unset it: without '
+            'trust=True, files are read here without running code'
         )
     if trust and isinstance(error, ImportError | AttributeError):
-        return f'holds what this Python has not ({error}); install where that is from'
-    reason = str(error).rpartition('WeightsUnpickler error: ')[2].strip()
-    reason = (reason.splitlines() or [type(error).__name__])[0][:120]
-    if 'TorchScript' in reason:
-        return 'is a TorchScript archive; give the checkpoint that it was made of'
+        return f'needs something that is not installed ({error}); install it'
     if 'deserialize object on' in reason:
-        return f'cannot be put where map_location says ({reason})'
+        return f'cannot be put on the device that map_location names ({reason})'
     return (
-        f'({path.stat().st_size} bytes) is no checkpoint, or a truncated one ({reason}); '
-        'get it again'
+        f'({path.stat().st_size} bytes) is not a checkpoint, or is truncated ({reason}); '
+        'get the file again'
     )
-
-
-def plain_data_allowed():
-    """A context in which ``torch.load`` reads the plain data that checkpoints hold.
-
-    Before torch 2.6 it changes nothing.
-    """
-    if not _HAS_LIST:
-        return nullcontext()
-    return torch.serialization.safe_globals(_allowed())
-
-
-def _plain(value):
-    """What JSON has in place of a value that it does not know."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
-
-
-class _PlainPickle:
-    """In place of the module ``pickle``, for torch before 2.6: reads plain data alone."""
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            module = module.replace('__builtin__', 'builtins')
-            allowed = {f'{o.__module__}.{o.__qualname__}': o for o in _TENSOR_PARTS}
-            for item in _allowed():
-                item, full = item if isinstance(item, tuple) else (item, None)
-                allowed[full or f'{item.__module__}.{item.__qualname__}'] = item
-            if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
-            if f'{module}.{name}' not in allowed:
-                raise _Refused(f'{module}.{name}')
-            return allowed[f'{module}.{name}']
-
-    @classmethod
-    def load(cls, file, **kwargs):
-        return cls.Unpickler(file, **kwargs).load()
 
 
 def _read_safetensors(path, map_location):
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework='pt', device=str(map_location)) as file:
+        with safe_open(path, framework='pt', device=str(map_location or 'cpu')) as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             meta = (file.metadata() or {}).get('meta')
     except SafetensorError as error:
         raise CheckpointError(
-            f'{path} is damaged, or no safetensors file: {error}; get it again'
+            f'{path} is damaged, or not a safetensors file ({error}); get the file again'
         ) from error
     try:
         meta = json.loads(meta or 'null')
-    except ValueError:  # of another program
+    except ValueError:  # another program has written it
         meta = None
     return dict(meta=meta, state_dict=tensors) if isinstance(meta, dict) else tensors
 
@@ -170,8 +140,8 @@ def write_weights(content: dict, path: str | Path) -> None:
 
     Args:
         content: a dict with ``meta`` and ``state_dict`` (and more, in a ``.pth`` file).
-        path: what to write; ending in ``.safetensors``, it holds the tensors, and
-            ``meta`` as JSON among its metadata.
+        path: the file to write; one that ends in ``.safetensors`` gets the tensors, and
+            ``meta`` as JSON in its metadata.
     """
     path = Path(path)
     handle, partial = tempfile.mkstemp('.partial', path.name, path.parent)
@@ -179,12 +149,12 @@ def write_weights(content: dict, path: str | Path) -> None:
     partial = Path(partial)
     mask = os.umask(0)
     os.umask(mask)
-    partial.chmod(0o666 & ~mask)  # mkstemp's files are for their owner alone
+    partial.chmod(0o666 & ~mask)  # only the owner can read the files of mkstemp
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import save
 
-            # a copy each: the format knows no shared storage
+            # copies: the format has no shared storage
             tensors = {k: v.detach().clone() for k, v in content['state_dict'].items()}
             tensors = {k: v.contiguous() for k, v in tensors.items()}
             meta = json.dumps(content.get('meta', {}), default=_plain)
@@ -196,29 +166,6 @@ def write_weights(content: dict, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _allowed() -> list:
-    """What checkpoints hold beside tensors and is only data."""
-    multiarray = getattr(np, '_core', None) or np.core
-    functions = multiarray.multiarray._reconstruct, multiarray.multiarray.scalar
-    names = [
-        (f, f'numpy.{c}.multiarray.{f.__name__}')
-        for f in functions
-        for c in ('core', '_core')
-    ]
-    dtypes = {type(np.dtype(c)) for c in np.typecodes['All']}
-    return [
-        *names,
-        np.ndarray,
-        np.dtype,
-        *dtypes,
-        argparse.Namespace,
-        HistoryBuffer,
-        (_statistic, 'builtins.getattr'),
-    ]
-
-
-def _statistic(owner, name: str):
-    """In place of ``getattr``, with which history buffers save their methods."""
-    if owner is not HistoryBuffer or name not in ('mean', 'max', 'min', 'current'):
-        raise _Refused(f'builtins.getattr({owner!r}, {name!r})')
-    return getattr(HistoryBuffer, name)
+def _plain(value):
+    """What JSON gets in place of a value that it cannot represent."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

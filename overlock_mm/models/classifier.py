@@ -3,37 +3,45 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..archs import PARTS_FROM
-from .overlock import OverLoCK, init_weights
+from ..archs import PARTS_FROM, map_channels, settings_of
+from .overlock import OverLoCK, contiguous_as, init_weights
 
 _HEAD_WIDTH = 1024
+_POOLS = ('avg', 'max', 'avgmax', '')
 
 
 class OverLoCKClassifier(OverLoCK):
     """OverLoCK with the heads of the ImageNet models, with timm's interface.
 
     The network is that of :class:`OverLoCK` without output norms, so stage 3 reads the
-    raw second map. The main head reads the last map; an auxiliary head, for training
-    alone, reads the Overview-Net's map. State-dict names are those of the released
-    ImageNet weights.
+    second map as it is. The main head reads the last map; an auxiliary head, which is
+    used in training only, reads the Overview-Net's map. State-dict names are those of the
+    released ImageNet weights.
 
     Args:
         arch: as in :class:`OverLoCK`.
-        num_classes: classes; 0 builds no classifiers, and the model returns what the
-            main one would read, ``(N, 1024)``.
+        num_classes: number of classes; with 0 there are no classifiers, and the model
+            returns the features that the main one would read, ``(N, 1024)``.
         in_chans: channels of the image.
         drop_rate: dropout rate in front of the main classifier.
         drop_path_rate: stochastic depth rate of the last block.
         deploy: build the deploy form.
         aux_head: build the auxiliary head; without it, training too returns one tensor.
+        global_pool: pooling in front of the classifiers: ``'avg'`` (that of the released
+            weights), ``'max'``, ``'avgmax'``, or ``''`` for none: the model then returns
+            maps, ``(N, num_classes or 1024, ceil(H / 32), ceil(W / 32))``.
 
     Attributes:
         feature_info: channels, stride and module of the four maps.
         num_features: channels of the last map.
         head_hidden_size: channels that the main classifier reads.
+
+    Raises:
+        ValueError: if ``global_pool`` is none of the above, or as in :class:`OverLoCK`.
     """
 
     training_only = ('aux_head',)
@@ -47,6 +55,7 @@ class OverLoCKClassifier(OverLoCK):
         drop_path_rate: float = 0.0,
         deploy: bool = False,
         aux_head: bool = True,
+        global_pool: str = 'avg',
     ):
         super().__init__(
             arch,
@@ -55,7 +64,8 @@ class OverLoCKClassifier(OverLoCK):
             drop_path_rate=drop_path_rate,
             deploy=deploy,
         )
-        channels = self.channels_of(arch)
+        settings = settings_of(arch, self.arch_settings)
+        channels = map_channels(settings)
         self.extra_norm = nn.ModuleList(nn.Identity() for _ in channels)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -67,11 +77,13 @@ class OverLoCKClassifier(OverLoCK):
         ]
         self.num_features = channels[3]
         self.head_hidden_size = _HEAD_WIDTH
+        self.overview_features = settings['embed_dims'][3]
+        self.global_pool = _checked_pool(global_pool)
         self.head = nn.Sequential(
             nn.Conv2d(channels[3], _HEAD_WIDTH, 1, bias=False),
             nn.BatchNorm2d(_HEAD_WIDTH),
             nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
+            SelectAdaptivePool2d(pool_type=global_pool),
             _classifier(_HEAD_WIDTH, num_classes),
         )
         self.head.apply(init_weights)
@@ -86,13 +98,13 @@ class OverLoCKClassifier(OverLoCK):
         Returns:
             The logits ``(N, num_classes)``; in training the main and the auxiliary
             ones, for :class:`AuxiliaryLoss`. Without classes only the features,
-            ``(N, 1024)``, in training too.
+            ``(N, 1024)``, in training too. Without pooling all of them are maps.
         """
         deepest = self.out_indices[-1]
         maps, overview = self._encode(x, deepest)
         logits = self.forward_head(maps[deepest])
         if self.training and self.aux_head is not None:
-            return logits, self.aux_head(overview).flatten(1)
+            return logits, self._flattened(self.aux_head(overview))
         return logits
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -101,7 +113,7 @@ class OverLoCKClassifier(OverLoCK):
         return self._encode(x, deepest)[0][deepest]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Main logits of the last map, or with ``pre_logits`` what is classified."""
+        """Main logits of the last map, or with ``pre_logits`` the features in front."""
         if self.head is None:
             return x
         *layers, classifier = self.head
@@ -109,7 +121,10 @@ class OverLoCKClassifier(OverLoCK):
             x = layer(x)
         if not pre_logits:
             x = classifier(F.dropout(x, self.drop_rate, self.training))
-        return x.flatten(1)
+        return self._flattened(x)
+
+    def _flattened(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if self.global_pool else x
 
     def forward_intermediates(
         self,
@@ -124,15 +139,18 @@ class OverLoCKClassifier(OverLoCK):
 
         Args:
             x: images, ``(N, in_chans, H, W)``.
-            indices: the maps wanted, in this order; a number takes the last ones,
-                None all.
-            norm: of no effect, as the maps of a classifier have no norms.
-            stop_early: run no more than the maps need.
+            indices: indices of the maps, in the order wanted; a number takes that many
+                of the last ones, None all.
+            norm: without effect, as the maps of a classifier have no norms.
+            stop_early: run only the layers that the maps need.
             output_fmt: must be ``'NCHW'``.
             intermediates_only: return only the list.
 
         Returns:
             The last map that was computed, and the list of the maps.
+
+        Raises:
+            ValueError: if ``output_fmt`` is another one.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW'")
@@ -141,7 +159,7 @@ class OverLoCKClassifier(OverLoCK):
         if stop_early:
             deepest = last
         maps, _ = self._encode(x, deepest)
-        wanted = [maps[i] for i in indices]
+        wanted = [contiguous_as(x, maps[i]) for i in indices]
         return wanted if intermediates_only else (maps[deepest], wanted)
 
     def prune_intermediate_layers(
@@ -150,15 +168,15 @@ class OverLoCKClassifier(OverLoCK):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the maps of ``indices`` do not need, heads included.
+        """Remove the layers that the maps of ``indices`` do not need, and the heads.
 
         Args:
-            indices: the maps to keep; a number keeps the last ones.
-            prune_norm: of no effect, as there are no norms.
+            indices: indices of the maps to keep; a number keeps that many of the last.
+            prune_norm: without effect, as there are no norms.
             prune_head: remove the heads even if the last map is kept.
 
         Returns:
-            The indices, counted from the first map.
+            The indices as non-negative numbers.
         """
         taken, last = feature_take_indices(self.out_indices[-1] + 1, indices)
         for depth, parts in PARTS_FROM.items():
@@ -183,24 +201,28 @@ class OverLoCKClassifier(OverLoCK):
         """Replace the classifiers of both heads by fresh ones.
 
         Args:
-            num_classes: classes; 0 removes the classifiers.
-            global_pool: ``'avg'``, the only pooling there is, or None.
+            num_classes: number of classes; 0 removes the classifiers.
+            global_pool: as in the constructor; None keeps the pooling.
+
+        Raises:
+            ValueError: if ``global_pool`` is another value.
+            RuntimeError: if the head was pruned.
         """
-        if global_pool not in (None, 'avg'):
-            raise ValueError(f"global_pool={global_pool!r} must be 'avg'")
         self._check_head()
+        if global_pool is not None:
+            self.global_pool = _checked_pool(global_pool)
+            self.head[3] = SelectAdaptivePool2d(pool_type=global_pool)
         self.num_classes = num_classes
-        like = self.head[0].weight
+        like = next(self.head.parameters())
         self.head[-1] = _classifier(_HEAD_WIDTH, num_classes).to(like.device, like.dtype)
         self.head[-1].apply(init_weights)
-        if self.folded:  # no auxiliary head, as there is no training
-            return
-        fresh = self._make_aux_head()
-        if fresh is not None and self.aux_head is not None:
-            fresh[0] = self.aux_head[0]
-        if fresh is not None:
-            fresh.to(like.device, like.dtype).train(self.training)
-        self.aux_head = fresh
+        old = self.aux_head
+        # a folded model has none, as it cannot be trained
+        self.aux_head = None if self.folded else self._make_aux_head()
+        if self.aux_head is not None:
+            if old is not None:
+                self.aux_head[0] = old[0]
+            self.aux_head.to(like.device, like.dtype).train(self.training)
 
     def _check_head(self) -> None:
         if self.head is None:
@@ -212,28 +234,28 @@ class OverLoCKClassifier(OverLoCK):
     def _make_aux_head(self) -> nn.Sequential | None:
         if not self.num_classes or not self.has_aux_head:
             return None
-        dim = self.high_level_proj.in_channels
+        dim = self.overview_features
         head = nn.Sequential(
             nn.BatchNorm2d(dim),
-            nn.AdaptiveAvgPool2d(1),
+            SelectAdaptivePool2d(pool_type=self.global_pool),
             _classifier(dim, self.num_classes),
         )
         return head.apply(init_weights)
 
     def absent_parts(self) -> tuple[str, ...]:
-        """Prefixes of the state-dict entries that a pruned model has lost."""
-        parts = super().absent_parts()  # the output norms are of another form
+        """Prefixes of the state-dict names that a pruned model does not have."""
+        parts = super().absent_parts()  # classifiers have no output norms
         return tuple(p for p in parts if not p.startswith('extra_norm.'))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass, or stop doing so."""
+        """Recompute the blocks' activations in the backward pass, or not."""
         self.with_cp = tuple(range(5)) if enable else ()
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns that sort parameters by depth, for layer-wise learning rates.
+        """Patterns that group parameters by depth, for layer-wise learning rates.
 
         Args:
-            coarse: one group a stage, else one a block.
+            coarse: one group for each stage; otherwise one for each block.
         """
         if coarse:
             base = r'^(?:patch_embed|blocks)([1-4])\.'
@@ -241,7 +263,7 @@ class OverLoCKClassifier(OverLoCK):
                 (r'^(?:high_level_proj|sub_blocks3)\.', (3,)),
                 (r'^(?:patch_embedx|sub_blocks4)\.', (4,)),
             ]
-        else:  # what leads to a stage goes with its first block
+        else:  # the layers in front of a stage belong to its first block
             base = [
                 (r'^blocks([1-4])\.(\d+)\.', None),
                 (r'^patch_embed([2-4])\.', (0,)),
@@ -255,11 +277,11 @@ class OverLoCKClassifier(OverLoCK):
 
 
 class AuxiliaryLoss(nn.Module):
-    """A loss of main and auxiliary logits, for any loss of logits.
+    """Main loss plus weighted auxiliary loss, for any loss of logits.
 
     Args:
         criterion: takes logits ``(N, C)`` and targets, returns a scalar.
-        weight: of the auxiliary loss; 0.4 is that of the released training script.
+        weight: weight of the auxiliary loss; 0.4 in the released training script.
     """
 
     def __init__(self, criterion: nn.Module, weight: float = 0.4):
@@ -273,6 +295,12 @@ class AuxiliaryLoss(nn.Module):
             return self.criterion(output, target)
         main, aux = output
         return self.criterion(main, target) + self.weight * self.criterion(aux, target)
+
+
+def _checked_pool(global_pool: str) -> str:
+    if global_pool not in _POOLS:
+        raise ValueError(f'global_pool={global_pool!r} must be one of {_POOLS}')
+    return global_pool
 
 
 def _classifier(dim: int, num_classes: int) -> nn.Module:

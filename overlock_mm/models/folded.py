@@ -2,13 +2,26 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.depthwise import DepthwiseConv2d
 from ..ops.modes import needs_plain_ops
 from .blocks import DynamicConvBlock, RepConvBlock
-from .layers import LayerScale, ResDWConv, affine
+from .contmix import ContMix
+from .layers import (
+    DilatedReparamBlock,
+    GlobalResponseNorm,
+    LayerScale,
+    ResDWConv,
+    SqueezeExcite,
+    UnmergeableError,
+    affine,
+    is_plain,
+    merge,
+    mergeable,
+)
 from .overlock import OverLoCK
 
 
@@ -19,17 +32,20 @@ def fold(model: nn.Module) -> nn.Module:
     the identities of the residual depth-wise convolutions, the layer scales and the
     scale of the query into the convolutions beside them; scales that depend on the
     image go into the weights of the convolutions behind them. Outputs stay the same up
-    to rounding. Parameters have other names and need no gradient: save and load
-    checkpoints of the model before it is folded.
+    to rounding. Batch norms may have been fused into the convolutions before
+    (``mmcv.cnn.fuse_conv_bn``). Parameters have other names and need no gradient: save
+    and load checkpoints of the model before it is folded.
 
     Args:
         model: an OverLoCK, or a detector, segmentor or other module that has one.
 
     Returns:
-        ``model``, in evaluation mode; ``train()`` raises from now on.
+        ``model``, in evaluation mode; ``train()`` raises an error from now on.
 
     Raises:
         ValueError: if there is no OverLoCK in ``model``.
+        TypeError: if a layer that would be merged was replaced by one of another type, or
+            has hooks. Nothing was merged then.
     """
     backbones = [m for m in model.modules() if isinstance(m, OverLoCK)]
     if not backbones:
@@ -37,68 +53,111 @@ def fold(model: nn.Module) -> nn.Module:
             f'there is no OverLoCK in this {type(model).__name__}; fold() takes an '
             'OverLoCK or a model that has one'
         )
+    backbones = [b for b in backbones if not b.folded]
     model.eval()
-    with torch.no_grad():
-        for backbone in backbones:
-            if not backbone.folded:
-                for name in backbone.training_only:
-                    setattr(backbone, name, None)
-                _fold_children(backbone)
-                backbone.folded = True
-                backbone.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            replaced = [r for b in backbones for r in _folded_children(b, b.training_only)]
+    except UnmergeableError as error:
+        raise error.named(model, 'fold()') from None
+    for module, name, folded in replaced:
+        setattr(module, name, folded)
+    for backbone in backbones:
+        for name in backbone.training_only:
+            setattr(backbone, name, None)
+        backbone.folded = True
+        backbone.requires_grad_(False)
     return model
 
 
-def _fold_children(module: nn.Module) -> None:
+def _folded_children(
+    module: nn.Module, left_out: tuple[str, ...] = ()
+) -> list[tuple[nn.Module, str, nn.Module]]:
+    """What to put in place of children: (their parent, their name, the folded form)."""
+    replaced = []
     for name, child in module.named_children():
+        if name in left_out:
+            continue
         if isinstance(child, RepConvBlock):
-            setattr(module, name, _FoldedRepConvBlock(child))
+            folded = _FoldedRepConvBlock(mergeable(child, RepConvBlock))
+            replaced.append((module, name, folded))
         elif isinstance(child, DynamicConvBlock):
-            setattr(module, name, _FoldedDynamicConvBlock(child))
-        elif isinstance(child, nn.Sequential):
-            setattr(module, name, _fold_sequence(child))
+            folded = _FoldedDynamicConvBlock(mergeable(child, DynamicConvBlock))
+            replaced.append((module, name, folded))
+        elif is_plain(child, nn.Sequential):
+            replaced.append((module, name, _fold_sequence(child)))
         else:
-            _fold_children(child)
+            replaced += _folded_children(child)
+    return replaced
 
 
 def _fold_sequence(sequence: nn.Sequential) -> nn.Sequential:
     """Merge each batch norm or layer scale into the convolution right before it."""
     layers = []
     for layer in sequence:
-        if isinstance(layer, _BatchNorm | LayerScale) and isinstance(layers[-1], nn.Conv2d):
+        follows_conv = layers and is_plain(layers[-1], nn.Conv2d, DepthwiseConv2d)
+        if follows_conv and isinstance(layer, _BatchNorm | LayerScale):
             layers[-1] = _conv(layers[-1], after=layer)
         else:
             layers.append(layer)
     return nn.Sequential(*layers)
 
 
-class _FoldedMlp(nn.Module):
-    """1x1 convolution, GELU, 3x3 depth-wise convolution, GRN, 1x1 convolution, shortcut."""
+def _fold_contmix(mixer: ContMix) -> ContMix:
+    """ContMix with its batch norms and the scale of the query merged."""
+    with torch.device('meta'):  # no memory, and no random weights
+        folded = ContMix(
+            mixer.dim, mixer.context_dim, mixer.kernel_sizes[-1], mixer.num_heads
+        )
+    query = _conv_bn(mixer.weight_query)
+    query.weight *= mixer.query_scale
+    query.bias *= mixer.query_scale
+    folded.weight_query, folded.query_scale = query, 1
+    folded.weight_key = _fold_sequence(mixer.weight_key)
+    weight, bias = mixer.projection()
+    folded.weight_proj.weight = _constant(weight[:, :, None, None])
+    folded.weight_proj.bias = _constant(bias)
+    folded.rpb1, folded.rpb2 = _constant(mixer.rpb1), _constant(mixer.rpb2)
+    return folded.eval()
 
-    def __init__(self, expand, dwconv, norm, reduce, shortcut):
+
+class _FoldedMlp(nn.Module):
+    """1x1 convolution, GELU, 3x3 depth-wise convolution, GRN, 1x1 convolution, shortcut.
+
+    Args:
+        layers: the first five of these.
+        shortcut: layer scale of the shortcut, or an identity.
+    """
+
+    def __init__(self, layers: list[nn.Module], shortcut: nn.Module):
         super().__init__()
-        self.expand = expand
-        self.dwconv = _conv(dwconv)
-        self.norm = norm
-        shift = shortcut.bias if isinstance(shortcut, LayerScale) else 0
-        beta = norm.beta.double().flatten()
-        self.reduce = _conv(reduce, before=(torch.ones_like(beta), beta), shift=shift)
+        expand, gelu, dwconv, norm, reduce = layers
+        self.approximate = mergeable(gelu, nn.GELU).approximate
+        self.expand = mergeable(expand, nn.Conv2d)
+        self.dwconv = _conv(mergeable(dwconv, ResDWConv))
+        self.norm = mergeable(norm, GlobalResponseNorm)
+        self.reduce = _conv(
+            mergeable(reduce, nn.Conv2d),
+            before=(1, norm.beta.flatten()),
+            shift=_shift(shortcut),
+        )
         self.shortcut = _Shortcut(shortcut)
 
     def forward(self, x: Tensor, shortcut: Tensor, scale: Tensor | None = None) -> Tensor:
-        x = self.dwconv(_gelu_(_pointwise(x, self.expand, scale)))
+        x = _gelu_(_pointwise(x, self.expand, scale), approximate=self.approximate)
+        x = self.dwconv(x)
         return self.shortcut(shortcut, _pointwise(x, self.reduce, self.norm.scale(x)))
 
 
 class _Shortcut(nn.Module):
     """Add the shortcut, scaled, to the branch, which has the shift of the layer scale."""
 
-    def __init__(self, scale: LayerScale | nn.Identity):
+    def __init__(self, scale: nn.Module):
         super().__init__()
-        weight = (
-            scale.weight.detach().view(-1, 1, 1) if isinstance(scale, LayerScale) else None
-        )
-        self.register_buffer('weight', weight)
+        merged = affine(scale)
+        if merged is not None:
+            merged = merged[0].detach().to(scale.weight.dtype).view(-1, 1, 1)
+        self.register_buffer('weight', merged)
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         if self.weight is None:
@@ -109,13 +168,13 @@ class _Shortcut(nn.Module):
 class _FoldedRepConvBlock(nn.Module):
     def __init__(self, block: RepConvBlock):
         super().__init__()
-        norm, large, bn, se, expand, _, dwconv, grn, reduce, _ = block.proj
-        large.switch_to_deploy()
-        self.dwconv = _conv(block.dwconv)
+        norm, large, bn, se, *mlp, drop_path = mergeable(block.proj, nn.Sequential)
+        mergeable(drop_path, DropPath, nn.Identity)  # nothing to do at inference
+        self.dwconv = _conv(mergeable(block.dwconv, ResDWConv))
         self.norm = norm
-        self.large = _conv(large.lk_origin, after=bn)
-        self.se = se
-        self.mlp = _FoldedMlp(expand, dwconv, grn, reduce, block.ls)
+        self.large = _conv(mergeable(large, DilatedReparamBlock).merged(), after=bn)
+        self.se = mergeable(se, SqueezeExcite)
+        self.mlp = _FoldedMlp(mlp, block.ls)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x)
@@ -123,40 +182,35 @@ class _FoldedRepConvBlock(nn.Module):
         return self.mlp(y, x, self.se.scale(y))
 
 
-class _FoldedDynamicConvBlock(DynamicConvBlock):
+class _FoldedDynamicConvBlock(nn.Module):
     def __init__(self, block: DynamicConvBlock):
-        nn.Module.__init__(self)
-        for name in ('split', 'is_first', 'is_last', 'kernel_sizes', 'num_heads'):
-            setattr(self, name, getattr(block, name))
+        super().__init__()
+        self.split, self.is_first, self.is_last = block.split, block.is_first, block.is_last
         if not block.is_first:
-            (x_scale, x_shift), (h_scale, h_shift) = map(
-                affine, (block.x_scale, block.h_scale)
+            (x_scale, x_shift), (h_scale, h_shift) = (
+                affine(mergeable(scale, LayerScale))
+                for scale in (block.x_scale, block.h_scale)
             )
-            like = block.x_scale.weight
-            for name, values in dict(
-                x_scale=x_scale, h_scale=h_scale, h_shift=x_shift + h_shift
-            ).items():
-                self.register_buffer(name, values.to(like.dtype).view(-1, 1, 1))
-        self.dwconv1, self.norm1 = _conv(block.dwconv1), block.norm1
-        self.fusion = _fold_sequence(block.fusion)
-        self.weight_query = _conv(block.weight_query[0], after=block.weight_query[1])
-        self.weight_query.weight *= block.query_scale
-        self.weight_query.bias *= block.query_scale
-        self.query_scale = 1
-        self.weight_key = _fold_sequence(block.weight_key)
-        self.weight_proj, self.rpb1, self.rpb2 = block.weight_proj, block.rpb1, block.rpb2
-        self.dyconv_proj = _conv(block.dyconv_proj[0], after=block.dyconv_proj[1])
-        block.lepe[0].switch_to_deploy()
-        self.lepe = _conv(block.lepe[0].lk_origin, after=block.lepe[1])
-        self.se_layer = block.se_layer
-        self.gate = _fold_sequence(block.gate)
+            buffers = dict(x_scale=x_scale, h_scale=h_scale, h_shift=x_shift + h_shift)
+            for name, values in buffers.items():
+                values = values.to(block.x_scale.weight.dtype).view(-1, 1, 1)
+                self.register_buffer(name, values)
+        self.dwconv1, self.norm1 = _conv(mergeable(block.dwconv1, ResDWConv)), block.norm1
+        self.fusion = _fold_sequence(mergeable(block.fusion, nn.Sequential))
+        self.contmix = _fold_contmix(block)
+        self.dyconv_proj = _conv_bn(block.dyconv_proj)
+        large, norm = mergeable(block.lepe, nn.Sequential)
+        self.lepe = _conv(mergeable(large, DilatedReparamBlock).merged(), after=norm)
+        self.se_layer = mergeable(block.se_layer, SqueezeExcite)
+        self.gate = _fold_sequence(mergeable(block.gate, nn.Sequential))
+        norm, proj = mergeable(block.proj, nn.Sequential)
         self.proj = _conv(
-            block.proj[1], before=affine(block.proj[0]), shift=block.ls1.bias.double()
+            mergeable(proj, nn.Conv2d), before=affine(norm), shift=_shift(block.ls1)
         )
         self.shortcut = _Shortcut(block.ls1)
-        self.dwconv2, self.norm2 = _conv(block.dwconv2), block.norm2
-        expand, _, dwconv, grn, reduce = block.mlp
-        self.mlp = _FoldedMlp(expand, dwconv, grn, reduce, block.ls2)
+        self.dwconv2, self.norm2 = _conv(mergeable(block.dwconv2, ResDWConv)), block.norm2
+        self.mlp = _FoldedMlp(list(mergeable(block.mlp, nn.Sequential)), block.ls2)
+        mergeable(block.drop_path, DropPath, nn.Identity)  # nothing to do at inference
 
     def forward(self, x, context, initial_context):
         if not self.is_first:
@@ -173,43 +227,59 @@ class _FoldedDynamicConvBlock(DynamicConvBlock):
 
     def _mix(self, joint):
         value = self.fusion(joint)
-        mixed = self.dyconv_proj(self._contmix(joint, value)).add_(self.lepe(value))
+        x, context = joint.split(self.split, dim=1)
+        mixed = self.dyconv_proj(self.contmix(x, context, value)).add_(self.lepe(value))
         scale = self.se_layer.scale(mixed)
         return _pointwise(mixed.mul_(self.gate(value)), self.proj, scale)
 
 
-def _conv(conv: nn.Conv2d, before=None, after=None, shift=0) -> nn.Conv2d:
+def _conv(
+    conv: nn.Conv2d,
+    before: tuple[Tensor | int, Tensor] | None = None,
+    after: nn.Module | None = None,
+    shift: Tensor | int = 0,
+) -> nn.Conv2d:
     """The convolution with what stands around it merged into its weights.
 
     Args:
         conv: any convolution, with or without bias.
         before: scale and shift of its input, for 1x1 convolutions.
-        after: batch norm or layer scale behind it.
-        shift: something to add to its bias.
+        after: batch norm or layer scale behind it; nothing if it is an identity.
+        shift: added to its bias.
     """
-    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    weight = conv.weight.to(dtype)
-    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.to(dtype)
+    weight, bias = merge(conv, after)
     if isinstance(conv, ResDWConv):
         weight = weight.clone()
         weight[:, :, 1, 1] += 1
     if before is not None:
-        scale, offset = (t.to(dtype) for t in before)
-        bias = bias + weight.flatten(1) @ offset
-        weight = weight * scale.view(-1, 1, 1)
-    if after is not None:
-        scale, offset = (t.to(dtype) for t in affine(after))
-        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + offset
+        scale, offset = before
+        bias = bias + weight.flatten(1) @ offset.to(weight.dtype)
+        weight = weight * (scale if isinstance(scale, int) else scale.view(-1, 1, 1))
     with torch.device('meta'):  # no memory, and no random weights
         if conv.groups == 1:
             sizes = conv.in_channels, conv.out_channels, conv.kernel_size
             merged = nn.Conv2d(*sizes, conv.stride, conv.padding)
         else:
             merged = DepthwiseConv2d(conv.in_channels, conv.kernel_size[0])
-    for name, values in dict(weight=weight, bias=bias + shift).items():
-        values = values.to(conv.weight.dtype).contiguous()
-        setattr(merged, name, nn.Parameter(values, requires_grad=False))
+    merged.weight = _constant(weight.to(conv.weight.dtype))
+    merged.bias = _constant((bias + shift).to(conv.weight.dtype))
     return merged.eval()
+
+
+def _conv_bn(layers: nn.Sequential) -> nn.Conv2d:
+    """A convolution and its batch norm as one convolution."""
+    conv, norm = mergeable(layers, nn.Sequential)
+    return _conv(mergeable(conv, nn.Conv2d), after=norm)
+
+
+def _shift(shortcut: nn.Module) -> Tensor | int:
+    """What the layer scale of a shortcut adds, to be added by the branch instead."""
+    merged = affine(shortcut)
+    return 0 if merged is None else merged[1]
+
+
+def _constant(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().contiguous(), requires_grad=False)
 
 
 # The forward passes change maps in place where nothing else reads them: fresh memory

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..archs import DILATED_BRANCHES
 from ..ops.depthwise import DepthwiseConv2d
 from ..ops.modes import differentiable_gradients, needs_plain_ops
-from ..ops.reparam import batch_norm_affine, branch_names, merge_branches
+from ..ops.reparam import batch_norm_affine, branch_names, sum_branches
 
 
 class ResDWConv(DepthwiseConv2d):
@@ -145,17 +146,20 @@ def channel_norms(x: Tensor) -> Tensor:
 
 
 class DilatedReparamBlock(nn.Module):
-    """Large depth-wise convolution trained with parallel dilated branches.
+    """Large depth-wise convolution, trained with parallel dilated branches.
 
-    In the training form it is the sum of one k x k and several small dilated
-    depth-wise convolutions, each with its batch norm
-    (https://arxiv.org/abs/2311.15599). In the deploy form all of them are one
-    k x k depth-wise convolution with bias.
+    In the training form it is the sum of one k x k and several small dilated depth-wise
+    convolutions, each with its batch norm (https://arxiv.org/abs/2311.15599). In the
+    deploy form all of them are one k x k depth-wise convolution with bias.
+    ``(N, C, H, W)`` -> same shape.
 
     Args:
-        dim: channels.
+        dim: channels C.
         kernel_size: size of the large kernel, a key of ``DILATED_BRANCHES``.
         deploy: build the deploy form.
+
+    Raises:
+        ValueError: if ``kernel_size`` has no dilated branches.
     """
 
     def __init__(self, dim: int, kernel_size: int, deploy: bool = False):
@@ -165,6 +169,7 @@ class DilatedReparamBlock(nn.Module):
                 f'kernel_size={kernel_size} has no dilated branches; choose '
                 f'one of {sorted(DILATED_BRANCHES)}'
             )
+        self.kernel_size = kernel_size
         self.branches = () if deploy else DILATED_BRANCHES[kernel_size]
         self.deploy = deploy
         self.lk_origin = DepthwiseConv2d(dim, kernel_size, bias=deploy)
@@ -181,39 +186,125 @@ class DilatedReparamBlock(nn.Module):
             return out
         out = self.origin_bn(out)
         for k, r in self.branches:
-            conv, bn = self._branch(k, r)
+            conv, bn = (
+                getattr(self, f'dil_conv_k{k}_{r}'),
+                getattr(self, f'dil_bn_k{k}_{r}'),
+            )
             out = out + bn(conv(x))
         return out
 
-    def _branch(self, k: int, r: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-        return getattr(self, f'dil_conv_k{k}_{r}'), getattr(self, f'dil_bn_k{k}_{r}')
-
     @torch.no_grad()
+    def merged(self) -> nn.Conv2d:
+        """All branches as one convolution; the block stays as it is.
+
+        Raises:
+            UnmergeableError: if a branch is not a convolution with a batch norm behind it,
+                or with one that was fused into it.
+        """
+        if self.deploy:
+            return mergeable(self.lk_origin, DepthwiseConv2d)
+        branches = []
+        for conv, (bn, _, dilation) in branch_names(self.kernel_size).items():
+            conv = mergeable(getattr(self, conv), DepthwiseConv2d)
+            branches.append((*merge(conv, getattr(self, bn)), dilation))
+        kernel, bias = sum_branches(branches)
+        like = self.lk_origin.weight
+        with torch.device('meta'):  # no memory, and no random weights
+            merged = DepthwiseConv2d(len(kernel), self.kernel_size)
+        merged.weight = nn.Parameter(kernel.to(like.dtype))
+        merged.bias = nn.Parameter(bias.to(like.dtype))
+        return merged.train(self.training)
+
     def switch_to_deploy(self) -> None:
         """Merge all branches into one convolution, in place; idempotent."""
         if self.deploy:
             return
-        old = self.lk_origin
-        kernel, bias = merge_branches(
-            self.state_dict(), old.kernel_size[0], self.origin_bn.eps
-        )
-        for conv, (bn, *_) in branch_names(old.kernel_size[0]).items():
+        merged = self.merged()
+        for conv, (bn, *_) in branch_names(self.kernel_size).items():
             delattr(self, conv)
             delattr(self, bn)
-        merged = DepthwiseConv2d(old.in_channels, old.kernel_size[0])
-        self.lk_origin = merged.to(old.weight.device, old.weight.dtype)
-        self.lk_origin.weight.copy_(kernel)
-        self.lk_origin.bias.copy_(bias)
-        self.lk_origin.train(self.training)
+        self.lk_origin = merged
         self.branches, self.deploy = (), True
 
 
-def affine(layer: _BatchNorm | LayerScale) -> tuple[Tensor, Tensor]:
-    """Scale and shift of every channel, (C,) each in float64, in evaluation mode."""
-    if isinstance(layer, _BatchNorm):
-        statistics = layer.running_mean, layer.running_var, layer.eps
-        return batch_norm_affine(layer.weight, layer.bias, *statistics)
+class UnmergeableError(TypeError):
+    """A layer that cannot be merged with those around it.
+
+    Attributes:
+        layer: the layer.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(f'a layer of type {type(layer).__name__}')
+        self.layer = layer
+
+    def named(self, model: nn.Module, action: str) -> TypeError:
+        """The error to show, with the name of the layer in ``model``."""
+        name = next((n for n, m in model.named_modules() if m is self.layer), '?')
+        return TypeError(
+            f'{action} cannot merge {name!r}, a {type(self.layer).__name__} that is not '
+            'part of OverLoCK or has hooks. Merge adapters into the layers that they wrap, '
+            f'remove hooks and pruning masks, or call {action} before they are added. '
+            'Nothing was changed'
+        )
+
+
+def is_plain(layer: nn.Module, *types: type) -> bool:
+    """Whether ``layer`` is exactly of one of ``types`` and computes what that type does.
+
+    Then its weights can be read in place of calling it. Parametrizations are allowed, as
+    reading gives their values.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    own = 'forward' in vars(layer)  # replaced in this one layer
+    return type_before_parametrizations(layer) in types and not hooks and not own
+
+
+def mergeable(layer: nn.Module, *types: type) -> nn.Module:
+    """``layer``, or an ``UnmergeableError`` if it is not plainly of one of ``types``."""
+    if not is_plain(layer, *types):
+        raise UnmergeableError(layer)
+    return layer
+
+
+def affine(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of a layer in evaluation mode, ``(C,)`` each in float64.
+
+    Args:
+        layer: batch norm, LayerScale, or an identity, as is left where a batch norm was
+            fused into the convolution before it.
+
+    Returns:
+        None for an identity.
+
+    Raises:
+        UnmergeableError: if it is another layer, or a batch norm without statistics.
+    """
+    if isinstance(layer, _BatchNorm) and layer.running_var is not None:
+        mean, var = layer.running_mean, layer.running_var
+        weight = torch.ones_like(mean) if layer.weight is None else layer.weight
+        bias = torch.zeros_like(mean) if layer.bias is None else layer.bias
+        mergeable(layer, type_before_parametrizations(layer))
+        return batch_norm_affine(weight, bias, mean, var, layer.eps)
+    if isinstance(mergeable(layer, LayerScale, nn.Identity), nn.Identity):
+        return None
     return layer.weight.double().flatten(), layer.bias.double()
+
+
+def merge(conv: nn.Conv2d, after: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in float64, of a convolution with the layer behind it."""
+    weight = conv.weight.double()
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
+    scale_and_shift = None if after is None else affine(after)
+    if scale_and_shift is not None:
+        scale, shift = scale_and_shift
+        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+    return weight, bias
+
+
+def conv_bn(in_dim: int, out_dim: int) -> nn.Sequential:
+    """1x1 convolution and batch norm."""
+    return nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,64 +17,72 @@ from ..archs import (
     ARCHS,
     PARTS_FROM,
     STRIDES,
-    channels_of,
     context_channels,
+    map_channels,
     settings_of,
 )
 from ..checkpoint import load_checkpoint
+from ..errors import CheckpointError
 from ..ops.modes import is_compiling
 from .blocks import DynamicConvBlock, RepConvBlock
-from .layers import DilatedReparamBlock, LayerScale, resize
+from .layers import DilatedReparamBlock, LayerScale, UnmergeableError, resize
 
 _MIN_SIDE = 32
 
 
 @MODELS.register_module()
 class OverLoCK(BaseModule):
-    """OverLoCK, in the form that dense prediction uses: four multi-scale maps.
+    """OverLoCK as a backbone for dense prediction: four maps of strides 4 to 32.
 
-    A Base-Net (stages 1 to 3) encodes the image. The Overview-Net (stage 4) takes
-    a quick look on from stage 3, and what it sees, the context, is handed to the
-    Focus-Net, which goes over stage 3's map again with dynamic kernels guided by
-    that context (ContMix). The paper is
+    It looks at an image twice. The Base-Net (stages 1 to 3) encodes the image. The
+    Overview-Net (stage 4) goes on from stage 3 in a few blocks: what it sees is the
+    context. The Focus-Net (two stages) goes over stage 3's map again, with dynamic
+    kernels that are guided by the context (ContMix). The paper is
     `OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing
     Dynamic Kernels <https://arxiv.org/abs/2502.20087>`_.
 
-    Where an argument takes stage numbers, 0 to 2 are stages 1 to 3 of the Base-Net
-    (0 with the stem), 3 is the Overview-Net, and 4 the Focus-Net.
+    The first two maps are those of stages 1 and 2, the last two those of the Focus-Net.
 
     Args:
-        arch (str | dict): 'xt', 't', 's' or 'b' (long names: 'extreme-tiny',
-            'tiny', 'small', 'base'), or a dict with the fields of an entry of
-            ``arch_settings``.
+        arch (str | dict): 'xt', 't', 's' or 'b' (or in full 'extreme-tiny', 'tiny',
+            'small', 'base'), or a dict with the same fields as a value of
+            ``arch_settings``. Defaults to 't'.
         in_channels (int): channels of the image. Defaults to 3.
-        out_indices (int | Sequence[int]): which of the four maps (strides 4, 8, 16, 32)
-            to return, in increasing order. What a map that is not asked for would
-            need is neither built nor run. Defaults to (0, 1, 2, 3).
-        context_skip (bool): add the Overview-Net's context to the last map, as the
-            released detection models do; the segmentation models do not. Defaults
-            to False.
+        out_indices (int | Sequence[int]): which of the four maps to return, in
+            increasing order. Layers that none of them needs are neither built nor run.
+            Defaults to (0, 1, 2, 3).
+        context_skip (bool): add the Overview-Net's map to the last map, as the released
+            detection models do; the segmentation models do not. Defaults to False.
         drop_path_rate (float): stochastic depth rate of the last block; it grows
             linearly from 0 over the blocks. Defaults to 0.
-        frozen_stages (int): freeze (no gradient, evaluation mode) every stage up to
-            this number; -1 freezes nothing. The norm before stage 3 freezes with
-            it, the other output norms and all that joins the parts with 4, which
-            freezes the whole backbone. Defaults to -1.
-        norm_eval (bool): keep batch norms in evaluation mode while training, so
-            that they use their running statistics and leave them as they are.
-            Defaults to False.
-        with_cp (bool | int | Sequence[int]): recompute activations in the backward pass
-            to save memory, in all stages or in those listed. Outputs, gradients and
-            running statistics stay the same. Defaults to False.
+        frozen_stages (int): freeze (no gradient, evaluation mode) the stem and this many
+            stages, as in MMDetection's and MMSegmentation's backbones. -1: nothing;
+            0: the stem; 1, 2 or 3: the stem and the Base-Net's stages up to this one,
+            with the downsampling in front of each, and with 3 also the norm through
+            which stage 3 reads the second map; 4: the whole backbone. The other output
+            norms, the Overview-Net and the Focus-Net are frozen with 4 only. Defaults
+            to -1.
+        norm_eval (bool): keep batch norms in evaluation mode while training, so that
+            they use their running statistics and do not update them. Defaults to False.
+        with_cp (bool | int | Sequence[int]): activation checkpointing: recompute
+            activations in the backward pass to save memory. True: in all stages; or
+            only in those listed: 0, 1 and 2 are stages 1, 2 and 3 of the Base-Net, 3
+            is the Overview-Net, 4 the Focus-Net. Outputs, gradients and running
+            statistics stay the same. Defaults to False.
         deploy (bool): build the deploy form, in which every large kernel is one
             convolution. Defaults to False.
         init_cfg (dict | list[dict], optional): initialisation config. Loading
-            (``type='Pretrained'``) fails if anything but classifier heads and the
-            output norms of the dense form differs. Defaults to None.
+            (``type='Pretrained'``) raises an error if anything but classifier heads and
+            the output norms differs. Defaults to None.
 
     Attributes:
         out_channels (tuple[int]): channels of the returned maps.
         out_strides (tuple[int]): strides of the returned maps.
+        arch_settings (dict): sizes of the named architectures, see
+            ``overlock_mm.archs``.
+
+    Raises:
+        ValueError: if an argument is not one of the values above.
 
     Examples:
         >>> backbone = OverLoCK('xt').eval()
@@ -86,13 +94,13 @@ class OverLoCK(BaseModule):
 
     arch_settings = ARCHS
     strides = STRIDES
-    # Children that only training uses; fold() drops them.
+    # Children that are used in training only; fold() drops them.
     training_only: tuple[str, ...] = ()
 
     @classmethod
     def channels_of(cls, arch: str | dict) -> tuple[int, int, int, int]:
         """Channels of the four maps (of strides ``OverLoCK.strides``) of ``arch``."""
-        return channels_of(arch)
+        return map_channels(settings_of(arch, cls.arch_settings))
 
     def __init__(
         self,
@@ -108,70 +116,69 @@ class OverLoCK(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
-        settings = settings_of(arch)
-        dims, kernels = settings['embed_dims'], settings['kernel_sizes']
-        depths, focus_depths = settings['depths'], settings['focus_depths']
-        heads, context_dim = settings['focus_heads'], context_channels(arch)
-        channels = self.channels_of(arch)
-        out_indices = _as_tuple(out_indices)
-        if not out_indices or list(out_indices) != sorted(set(out_indices) & set(range(4))):
-            raise ValueError(
-                f'out_indices={out_indices} must be increasing and within '
-                '0..3, for instance (0, 1, 2, 3)'
-            )
+        settings = settings_of(arch, self.arch_settings)
+        channels = map_channels(settings)
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate={drop_path_rate} must be in [0, 1)')
         if frozen_stages not in range(-1, 5):
-            raise ValueError(f'frozen_stages={frozen_stages} must be within -1..4')
-        if isinstance(with_cp, bool):
-            with_cp = range(5) if with_cp else ()
-        with_cp = _as_tuple(with_cp)
-        if not set(with_cp) <= set(range(5)):
-            raise ValueError(f'with_cp={with_cp} must be True, False or stages of 0..4')
+            raise ValueError(
+                f'frozen_stages={frozen_stages} must be within -1..4: -1 for none, 0 for '
+                'the stem, 1 to 3 for that many stages too, 4 for the whole backbone'
+            )
         self.in_channels = in_channels
-        self.out_indices = out_indices
-        self.out_channels = tuple(channels[i] for i in out_indices)
-        self.out_strides = tuple(self.strides[i] for i in out_indices)
+        self.out_indices = _checked_indices(out_indices)
+        self.out_channels = tuple(channels[i] for i in self.out_indices)
+        self.out_strides = tuple(self.strides[i] for i in self.out_indices)
         self.context_skip = context_skip
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.with_cp = with_cp
+        self.with_cp = _checked_stages(with_cp)
         self.deploy = deploy
         self.folded = False  # see overlock_mm.fold
-        deepest = out_indices[-1]
 
-        blocks = sum(depths) + sum(focus_depths)
-        rates = (drop_path_rate * i / (blocks - 1) for i in range(blocks))
+        self._build(settings, drop_path_rate)
+        self._build_output_norms(channels)
+        self.apply(init_weights)
+        self._freeze_stages()
 
-        def stage(i):
+    def _build(self, settings: dict[str, tuple[int, ...]], drop_path_rate: float) -> None:
+        """Build the three nets, as far as the deepest map that is returned needs them."""
+        dims, kernels = settings['embed_dims'], settings['kernel_sizes']
+        context_dim = context_channels(settings)
+        base_rates, focus_rates = _drop_path_rates(
+            drop_path_rate, settings['depths'], settings['focus_depths']
+        )
+
+        def stage(i: int) -> nn.ModuleList:
             return nn.ModuleList(
                 RepConvBlock(
                     dims[i],
                     kernels[i],
                     layer_scale=i >= 2,
-                    drop_path=next(rates),
-                    deploy=deploy,
+                    drop_path=rate,
+                    deploy=self.deploy,
                 )
-                for _ in range(depths[i])
+                for rate in base_rates[i]
             )
 
-        def focus_stage(i):
+        def focus_stage(i: int) -> nn.ModuleList:
             return nn.ModuleList(
                 DynamicConvBlock(
                     dims[i + 2],
                     context_dim,
                     kernels[i + 2],
-                    heads[i],
+                    settings['focus_heads'][i],
                     is_first=i == 0 and j == 0,
-                    is_last=i == 1 and j == focus_depths[1] - 1,
-                    drop_path=next(rates),
-                    deploy=deploy,
+                    is_last=i == 1 and j == len(focus_rates[1]) - 1,
+                    drop_path=rate,
+                    deploy=self.deploy,
                 )
-                for j in range(focus_depths[i])
+                for j, rate in enumerate(focus_rates[i])
             )
 
+        deepest = self.out_indices[-1]
         # Base-Net
-        self.patch_embed1 = _stem(in_channels, dims[0])
+        self.patch_embed1 = _stem(self.in_channels, dims[0])
         self.blocks1 = stage(0)
         if deepest >= 1:
             self.patch_embed2 = _downsample(dims[0], dims[1])
@@ -182,10 +189,10 @@ class OverLoCK(BaseModule):
             # Overview-Net
             self.patch_embed4 = _downsample(dims[2], dims[3])
             self.blocks4 = stage(3)
-            # Focus-Net
             self.high_level_proj = nn.Conv2d(dims[3], context_dim, 1)
+            # Focus-Net
             self.sub_blocks3 = focus_stage(0)
-        if deepest == 3:
+        if deepest >= 3:
             self.patch_embedx = nn.ModuleDict(
                 dict(
                     x_proj=_downsample(dims[2], dims[3]),
@@ -194,19 +201,23 @@ class OverLoCK(BaseModule):
             )
             self.sub_blocks4 = focus_stage(1)
 
-        # Output norms. Stage 3 reads the normed second map.
-        needed = {*out_indices, *((1,) if deepest >= 2 else ())}
+    def _build_output_norms(self, channels: Sequence[int]) -> None:
+        """One norm for each map, and what adds the Overview-Net's map to the last one.
+
+        Stage 3 reads the second map behind its norm.
+        """
+        needed = set(self.out_indices)
+        if self.out_indices[-1] >= 2:
+            needed.add(1)
         self.extra_norm = nn.ModuleList(
             LayerNorm2d(c) if i in needed else nn.Identity() for i, c in enumerate(channels)
         )
-        if context_skip and deepest == 3:
-            self.extra_norm.append(LayerNorm2d(dims[3]))
+        if self.context_skip and self.out_indices[-1] >= 3:
+            overview_dim, dim = self.high_level_proj.in_channels, channels[3]
+            self.extra_norm.append(LayerNorm2d(overview_dim))
             self.h_proj = nn.Sequential(
-                nn.Conv2d(dims[3], channels[3], 1), LayerScale(channels[3], 1e-5)
+                nn.Conv2d(overview_dim, dim, 1), LayerScale(dim, 1e-5)
             )
-
-        self.apply(init_weights)
-        self._freeze_stages()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps.
@@ -217,57 +228,61 @@ class OverLoCK(BaseModule):
         Returns:
             The maps of ``out_indices``; the one of stride s has the shape
             ``(N, channels, ceil(H / s), ceil(W / s))`` and, outside autocast, the
-            dtype of ``x``.
+            dtype of ``x``. Contiguous images give contiguous maps.
 
         Raises:
             ValueError: if ``x`` has another number of dimensions or channels, or
                 is too small.
         """
         maps, _ = self._encode(x, self.out_indices[-1])
-        return tuple(maps[i] for i in self.out_indices)
+        return tuple(contiguous_as(x, maps[i]) for i in self.out_indices)
 
-    def _encode(self, x: Tensor, deepest: int) -> tuple[dict[int, Tensor], Tensor | None]:
-        """All maps up to index ``deepest``, and the Overview-Net's map if it ran."""
-        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < _MIN_SIDE:
-            raise ValueError(
-                f'OverLoCK takes images (N, {self.in_channels}, H, W) with H and W at '
-                f'least {_MIN_SIDE}, got {tuple(x.shape)}; resize or pad the images, or '
-                'set in_channels'
-            )
-        maps, overview = {}, None
-        x = self._base_stage(0, self.patch_embed1(x))
-        maps[0] = self.extra_norm[0](x)
-        if deepest >= 1:
-            x = self._base_stage(1, self.patch_embed2(x))
-            maps[1] = self.extra_norm[1](x)
-        if deepest >= 2:
-            x = self._base_stage(2, self.patch_embed3(maps[1]))
-            overview = self._base_stage(3, self.patch_embed4(x))
-            initial = self.high_level_proj(overview)
-            x, context = self._focus_stage(
-                self.sub_blocks3, x, resize(initial, x.shape[2:])
-            )
-            maps[2] = self.extra_norm[2](torch.cat((x, context), dim=1))
-        if deepest == 3:
-            x = self.patch_embedx['x_proj'](x)
-            context = self.patch_embedx['h_proj'](context)
-            x = self._focus_stage(self.sub_blocks4, x, initial, context)
-            maps[3] = self.extra_norm[3](x)
-            if self.context_skip:
-                maps[3] = maps[3] + self.h_proj(self.extra_norm[4](overview))
+    def _encode(self, x: Tensor, deepest: int) -> tuple[list[Tensor], Tensor | None]:
+        """The maps up to index ``deepest``, and the Overview-Net's map if it ran."""
+        x = _checked_image(x, self.in_channels)
+        # Base-Net
+        x = self._stage(0, self.patch_embed1(x))
+        maps = [self.extra_norm[0](x)]
+        if deepest == 0:
+            return maps, None
+        x = self._stage(1, self.patch_embed2(x))
+        maps.append(self.extra_norm[1](x))
+        if deepest == 1:
+            return maps, None
+        x = self._stage(2, self.patch_embed3(maps[1]))
+        # Overview-Net
+        overview = self._stage(3, self.patch_embed4(x))
+        initial = self.high_level_proj(overview)
+        # Focus-Net
+        enlarged = resize(initial, x.shape[2:])
+        x, context = self._focus_stage(self.sub_blocks3, x, enlarged, enlarged)
+        maps.append(self.extra_norm[2](torch.cat((x, context), dim=1)))
+        if deepest == 2:
+            return maps, overview
+        x = self.patch_embedx['x_proj'](x)
+        context = self.patch_embedx['h_proj'](context)
+        x = self._focus_stage(self.sub_blocks4, x, context, initial)
+        maps.append(self.extra_norm[3](x))
+        if self.context_skip:
+            maps[3] = maps[3] + self.h_proj(self.extra_norm[4](overview))
         return maps, overview
 
-    def _base_stage(self, stage: int, x: Tensor) -> Tensor:
+    def _stage(self, stage: int, x: Tensor) -> Tensor:
+        """Run the blocks of a stage of the Base-Net (0 to 2) or the Overview-Net (3)."""
         for block in getattr(self, f'blocks{stage + 1}'):
             x = self._run(stage, block, x)
         return x
 
-    def _focus_stage(self, blocks, x, initial_context, context=None):
-        """Thread (x, context) through the blocks; the context starts as the initial."""
-        state = (x, initial_context if context is None else context)
+    def _focus_stage(
+        self, blocks: nn.ModuleList, x: Tensor, context: Tensor, initial_context: Tensor
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Run the blocks of a stage of the Focus-Net, which go on changing the context."""
         for block in blocks:
-            state = self._run(4, block, *state, initial_context)
-        return state
+            out = self._run(4, block, x, context, initial_context)
+            if block.is_last:
+                return out
+            x, context = out
+        return x, context
 
     def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
         if stage not in self.with_cp or not torch.is_grad_enabled():
@@ -288,37 +303,43 @@ class OverLoCK(BaseModule):
 
         The state dict is then that of ``OverLoCK(..., deploy=True)``; in evaluation
         mode outputs do not change. The merged model can be fine-tuned, but not
-        turned back.
+        turned back. Batch norms may have been fused into the convolutions before
+        (``mmcv.cnn.fuse_conv_bn``).
+
+        Raises:
+            TypeError: if a branch was replaced by a layer that cannot be merged.
         """
-        for module in self.modules():
-            if isinstance(module, DilatedReparamBlock):
-                module.switch_to_deploy()
+        blocks = [m for m in self.modules() if isinstance(m, DilatedReparamBlock)]
+        try:
+            for block in blocks:
+                block.merged()  # all of them, or none
+        except UnmergeableError as error:
+            raise error.named(self, 'switch_to_deploy()') from None
+        for block in blocks:
+            block.switch_to_deploy()
         self.deploy = True
         self._freeze_stages()
 
     def init_weights(self) -> None:
-        """Initialise as ``init_cfg`` says; pretrained weights load or raise.
+        """Initialise as ``init_cfg`` says; pretrained weights are loaded strictly.
 
         Raises:
-            CheckpointError: if the checkpoint of ``init_cfg`` is not of this backbone.
+            CheckpointError: if the checkpoint of ``init_cfg`` does not fit this backbone,
+                or is for a part of it alone, in ``override``.
         """
         if self.is_init:  # as in mmengine: a second call changes nothing
             return
-        init_cfg = self.init_cfg
-        cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
-        pretrained = [c for c in cfgs if c['type'] in ('Pretrained', PretrainedInit)]
-        others = [c for c in cfgs if c not in pretrained]
-        self.init_cfg = [*others, *(dict(c, type=_CheckedPretrained) for c in pretrained)]
-        super().init_weights()
-        self.init_cfg = init_cfg
-
-    def __prepare_scriptable__(self):
-        """Called by ``torch.jit.script``, also for a model that has an OverLoCK."""
-        raise RuntimeError(
-            f'{type(self).__name__} cannot be scripted: torch.jit.script does not take '
-            'its Python code. Use torch.jit.trace(model.eval(), images), torch.export or '
-            'torch.compile instead'
-        )
+        given, inside = self.init_cfg, hasattr(self, '_params_init_info')
+        try:
+            self.init_cfg = _checked(given)
+            super().init_weights()
+        except Exception:
+            if not inside:  # mmengine's records, which it would take for an outer model's
+                for module in self.modules():
+                    module.__dict__.pop('_params_init_info', None)
+            raise
+        finally:
+            self.init_cfg = given
 
     def train(self, mode: bool = True):
         if mode and self.folded:
@@ -334,23 +355,31 @@ class OverLoCK(BaseModule):
                     module.eval()
         return self
 
+    def __prepare_scriptable__(self):
+        """Called by ``torch.jit.script``, also for a model that has an OverLoCK."""
+        raise RuntimeError(
+            f'{type(self).__name__} cannot be scripted: torch.jit.script does not take '
+            'its Python code. Use torch.jit.trace(model.eval(), images), torch.export or '
+            'torch.compile instead'
+        )
+
     def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
         if self.frozen_stages == 4:
-            frozen = list(self.children())
+            names = [name for name, _ in self.named_children()]
         else:
-            frozen = [
-                getattr(self, f'{name}{i + 1}', None)
-                for i in range(self.frozen_stages + 1)
-                for name in ('patch_embed', 'blocks')
-            ]
-            if self.frozen_stages >= 2:
-                frozen.append(self.extra_norm[1])
+            stages = range(1, self.frozen_stages + 1)
+            names = ['patch_embed1']
+            names += [f'{part}{i}' for i in stages for part in ('patch_embed', 'blocks')]
+        frozen = [getattr(self, name) for name in names if hasattr(self, name)]
+        if self.frozen_stages == 3 and hasattr(self, 'blocks3'):
+            frozen.append(self.extra_norm[1])
         for module in frozen:
-            if module is not None:
-                module.eval().requires_grad_(False)
+            module.eval().requires_grad_(False)
 
     def absent_parts(self) -> tuple[str, ...]:
-        """Prefixes of the state-dict entries that ``out_indices`` leaves out."""
+        """Prefixes of the state-dict names that ``out_indices`` leaves out."""
         deepest = self.out_indices[-1]
         parts = [
             part for depth, names in PARTS_FROM.items() if depth > deepest for part in names
@@ -365,8 +394,68 @@ class OverLoCK(BaseModule):
         return tuple(f'{part}.' for part in parts)
 
 
+@torch.fx.wrap  # one node of a graph: what it looks at is not known while tracing
+def _checked_image(x: Tensor, channels: int) -> Tensor:
+    if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < _MIN_SIDE:
+        raise ValueError(
+            f'OverLoCK takes images (N, {channels}, H, W) with H and W at least '
+            f'{_MIN_SIDE}, got {tuple(x.shape)}; resize or pad the images, or set '
+            'in_channels'
+        )
+    return x
+
+
+@torch.fx.wrap
+def contiguous_as(image: Tensor, x: Tensor) -> Tensor:
+    """``x``, contiguous if the image is.
+
+    Norms over the channels return maps in channels_last memory, and convolutions pass
+    that on. Code outside torch may not expect it: mmcv's RoIAlign reads all memory as
+    contiguous, without a check, and hands wrong features to the heads.
+    """
+    return x.contiguous() if image.is_contiguous() else x
+
+
+def _checked_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
+    indices = _as_tuple(out_indices)
+    if not indices or list(indices) != sorted(set(indices) & set(range(4))):
+        raise ValueError(
+            f'out_indices={out_indices} must be increasing and within 0..3, for instance '
+            '(0, 1, 2, 3)'
+        )
+    return indices
+
+
+def _checked_stages(with_cp: bool | int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(with_cp, bool):
+        with_cp = range(5) if with_cp else ()
+    stages = _as_tuple(with_cp)
+    if not set(stages) <= set(range(5)):
+        raise ValueError(
+            f'with_cp={with_cp} must be True, False or a list of stages within 0..4'
+        )
+    return stages
+
+
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _drop_path_rates(
+    last: float, depths: Sequence[int], focus_depths: Sequence[int]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Stochastic depth rates of each stage's blocks: of stages 1 to 4, of the Focus-Net.
+
+    They grow linearly, from 0 in the first block to ``last``.
+    """
+    counts = (*depths, *focus_depths)
+    step = last / (sum(counts) - 1)
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    rates = [
+        [step * (start + j) for j in range(count)]
+        for start, count in zip(starts, counts, strict=True)
+    ]
+    return rates[: len(depths)], rates[len(depths) :]
 
 
 def _stem(in_channels: int, dim: int) -> nn.Sequential:
@@ -395,15 +484,16 @@ def _downsample(in_dim: int, out_dim: int) -> nn.Sequential:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Start a convolution from a truncated normal of std 0.02 and zero biases."""
-    if isinstance(module, nn.Conv2d):
+    """Initialise a convolution: truncated normal of std 0.02, and zero biases."""
+    # on the meta device there are no values, and drawing them takes most of the time
+    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 class _CheckedPretrained:
-    """In place of mmengine's ``Pretrained``, which loads what fits and goes on."""
+    """Instead of mmengine's ``Pretrained``, which loads what fits and ignores the rest."""
 
     def __init__(self, checkpoint: str, **options):
         self.checkpoint, self.options = checkpoint, options
@@ -412,6 +502,31 @@ class _CheckedPretrained:
         load_checkpoint(module, self.checkpoint, **self.options)
         if hasattr(module, '_params_init_info'):
             update_init_info(module, f'Pretrained: load from {self.checkpoint}')
+
+
+def _checked(init_cfg: dict | Sequence[dict] | None) -> list[dict]:
+    """A copy of an ``init_cfg`` that loads strictly; pretrained weights come last."""
+    cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+    for cfg in cfgs:
+        overrides = cfg.get('override') or []
+        overrides = [overrides] if isinstance(overrides, dict) else overrides
+        if any(_is_pretrained(override) for override in overrides):
+            raise CheckpointError(
+                'init_cfg has a Pretrained in override, which would load what fits and '
+                "ignore the rest; give the whole backbone's init_cfg=dict("
+                "type='Pretrained', checkpoint=...) instead"
+            )
+    others = [cfg for cfg in cfgs if not _is_pretrained(cfg)]
+    pretrained = [dict(c, type=_CheckedPretrained) for c in cfgs if _is_pretrained(c)]
+    return [*others, *pretrained]
+
+
+def _is_pretrained(cfg: dict) -> bool:
+    """Whether an initializer loads a file, however its type is written."""
+    kind = cfg.get('type')
+    if isinstance(kind, str):  # with or without a scope
+        kind = WEIGHT_INITIALIZERS.get(kind)
+    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
 
 
 class _StatisticsKept:

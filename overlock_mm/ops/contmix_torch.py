@@ -254,7 +254,7 @@ def _biases_of(biases, rows, cols):
 def _band(kernels, rows, cols, k, bands):
     """Lay out kernels (N, G, rows, cols, k*k) by the keys that the tile reads.
 
-    Returns (N, G, rows, cols, k * number of key columns), with rows and columns as one
+    The result is (N, G, rows, cols, k * number of key columns); rows and columns are one
     dim if all rows read the same windows. ``bands`` keeps buffers to use again.
     """
     if not cols.fixed:

@@ -143,7 +143,7 @@ def weight_grad(x: Tensor, grad: Tensor, kernel_size: int, dilation: int = 1) ->
 
 
 def _block(x):
-    """Return channels per lane, channels per program, and segments (or taps) of it."""
+    """Channels per lane, channels per program, and segments (or taps) per program."""
     c = x.shape[1]
     if x.element_size() == 4 or c % 2:
         return 1, 32, _WARPS
@@ -307,7 +307,7 @@ def _first_column(segment, dilation, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _load_columns(pointer, column, valid, width, channels, dilation, COUNT: tl.constexpr):
-    """Load COUNT tiles from ``column`` on, in float32; 0 outside the map or not valid."""
+    """Load COUNT tiles from ``column`` on, in float32; 0 where outside or not valid."""
     # one unsigned comparison per load then checks both ends of the row and ``valid``
     column = tl.where(valid, column, width)
     tiles = ()

@@ -1,6 +1,6 @@
 """Re-parameterisation: the dilated branches of a large kernel as one convolution."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -40,17 +40,31 @@ def merge_branches(
     Raises:
         KeyError: if a tensor is missing.
     """
-    kernel = bias = 0
-    for conv, (bn, k, r) in branch_names(kernel_size).items():
+    branches = []
+    for conv, (bn, _, dilation) in branch_names(kernel_size).items():
         norm = ('weight', 'bias', 'running_mean', 'running_var')
         scale, shift = batch_norm_affine(*(state[f'{bn}.{n}'] for n in norm), eps)
-        weight = state[f'{conv}.weight'].double() * scale.view(-1, 1, 1, 1)
-        if conv == 'lk_origin':
-            kernel, bias = weight, shift
-            continue
-        reach = r * (k - 1) // 2
-        edge = kernel_size // 2 - reach
-        span = slice(edge, edge + 2 * reach + 1, r)
-        kernel[:, :, span, span] += weight
+        kernel = state[f'{conv}.weight'].double() * scale.view(-1, 1, 1, 1)
+        branches.append((kernel, shift, dilation))
+    return sum_branches(branches)
+
+
+def sum_branches(branches: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Sum parallel depth-wise convolutions into one.
+
+    Args:
+        branches: kernel ``(C, 1, k, k)``, bias ``(C,)`` and dilation of each; the first
+            is the largest and has dilation 1.
+
+    Returns:
+        Kernel and bias of the sum, in the shapes of the first.
+    """
+    (total, bias, _), *others = branches
+    total, size = total.clone(), total.shape[-1]
+    for kernel, shift, dilation in others:
+        reach = dilation * (kernel.shape[-1] - 1) // 2
+        edge = size // 2 - reach
+        span = slice(edge, edge + 2 * reach + 1, dilation)
+        total[:, :, span, span] += kernel
         bias = bias + shift
-    return kernel, bias
+    return total, bias

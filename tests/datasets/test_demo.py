@@ -306,7 +306,7 @@ def test_a_foreign_folder_is_refused(tmp_path, files):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     before = files_of(tmp_path)
-    with pytest.raises(FileExistsError, match=str(ROOT)):
+    with pytest.raises(FileExistsError, match=str(root)):
         make_demo_data(root, **SMALL)
     assert files_of(tmp_path) == before
 
@@ -373,13 +373,13 @@ def test_command_line(tmp_path):
     first = tool(*arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count('\n') == 1
-    for part in ('Wrote', '4 training', '2 validation', '96x96', 'seed 3', str(ROOT)):
+    for part in ('Wrote', '4 training', '2 validation', '96x96', 'seed 3', str(root)):
         assert part in first.stdout
     make_demo_data(tmp_path / 'called', seed=3, **SMALL)
     assert files_of(root) == files_of(tmp_path / 'called')
     second = tool(*arguments)
     assert second.returncode == 0
-    assert second.stdout.startswith('Nothing to do') and str(ROOT) in second.stdout
+    assert second.stdout.startswith('Nothing to do') and str(root) in second.stdout
 
 
 def failed(run):

@@ -8,11 +8,13 @@ from functools import partial
 import pytest
 import torch
 from helpers import TINY, filled, image, randomised, relative_error, tiny
+from mmcv.ops import RoIAlign
 from mmengine.registry import MODELS, Registry
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from overlock_mm import OverLoCK, fold
+from overlock_mm.models.contmix import ContMix
 from overlock_mm.models.layers import (
     DILATED_BRANCHES,
     DilatedReparamBlock,
@@ -20,12 +22,13 @@ from overlock_mm.models.layers import (
 )
 
 
-# the same structure as the real ones, small enough for many tests
 @pytest.mark.parametrize(
     'arch, long_name',
     [('xt', 'extreme-tiny'), ('t', 'tiny'), ('s', 'small'), ('b', 'base')],
 )
-def test_metadata_without_building(arch, long_name):
+def test_metadata_without_building(arch, long_name, monkeypatch):
+    # ContMix keeps shapes, and its loops take most of the time on meta tensors
+    monkeypatch.setattr(ContMix, 'forward', lambda self, x, context, value: value)
     with torch.device('meta'):
         model = OverLoCK(long_name).eval()
         maps = model(torch.empty(1, 3, 64, 96))
@@ -67,7 +70,7 @@ def test_bad_image(shape):
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(arch='l'), "arch='l' is none of"),
+        (dict(arch='l'), "arch='l' is unknown"),
         (dict(arch=dict(depths=(1, 1, 1, 1))), 'exactly these fields'),
         (dict(arch=dict(TINY, depths=(1, 1))), 'exactly these fields'),
         (dict(arch=dict(TINY, focus_heads=(3, 2))), 'focus_heads'),
@@ -78,6 +81,7 @@ def test_bad_image(shape):
         (dict(arch=dict(TINY, depths=2)), 'exactly these fields'),
         (dict(out_indices=(2, 1)), 'out_indices'),
         (dict(frozen_stages=5), 'frozen_stages=5'),
+        (dict(frozen_stages=-2), 'frozen_stages=-2'),
         (dict(with_cp=(5,)), 'with_cp'),
         (dict(drop_path_rate=1.0), 'drop_path_rate'),
     ],
@@ -85,6 +89,21 @@ def test_bad_image(shape):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         OverLoCK(**{'arch': TINY, **kwargs})
+
+
+def test_named_archs():
+    """Long names are in the public table too; a subclass may have a table of its own."""
+    assert OverLoCK.arch_settings['tiny'] == OverLoCK.arch_settings['t']
+
+    class Mine(OverLoCK):
+        arch_settings = dict(mine=TINY)
+
+    model = Mine('mine')
+    assert model.out_channels == Mine.channels_of('mine') == OverLoCK.channels_of(TINY)
+    with pytest.raises(ValueError, match=r"arch='t' is unknown; choose one of \['mine'\]"):
+        Mine('t')
+    with pytest.raises(ValueError, match="'small', 't', 'tiny', 'xt'"):
+        OverLoCK.channels_of('huge')
 
 
 def test_unknown_argument_is_not_swallowed():
@@ -318,12 +337,13 @@ def test_global_response_norm(shape):
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 def test_frozen_stages(frozen_stages):
+    """As in MMDetection's ResNet: the stem, and so many stages; here 4 is everything."""
     model = tiny(frozen_stages=frozen_stages, context_skip=True).train()
     groups = [
-        ('patch_embed1.', 'blocks1.'),
+        ('patch_embed1.',),
+        ('blocks1.',),
         ('patch_embed2.', 'blocks2.'),
         ('extra_norm.1.', 'patch_embed3.', 'blocks3.'),
-        ('patch_embed4.', 'blocks4.'),
         ('',),
     ]
     frozen = tuple(p for group in groups[: frozen_stages + 1] for p in group)
@@ -341,6 +361,15 @@ def test_frozen_stages(frozen_stages):
         assert moved == ('running_' in name or 'num_batches' in name) * (
             not name.startswith(frozen)
         ), name
+
+
+@pytest.mark.parametrize('frozen_stages', range(5))
+def test_frozen_stages_of_a_shallow_backbone(frozen_stages):
+    """Stages that are not built need no freezing."""
+    model = OverLoCK(TINY, out_indices=1, frozen_stages=frozen_stages).train()
+    left = {n.split('.')[0] for n, p in model.named_parameters() if p.requires_grad}
+    stages = [{'blocks1'}, {'patch_embed2', 'blocks2'}, set(), {'extra_norm'}]
+    assert left == set().union(*stages[frozen_stages:])
 
 
 def test_norm_eval():
@@ -444,3 +473,20 @@ def test_initial_values():
     assert not state['sub_blocks3.0.rpb2'].any()
     assert (state['h_proj.1.weight'] == 1e-5).all()
     assert (state['blocks3.0.ls.weight'] == 1).all() and 'blocks2.0.ls.weight' not in state
+
+
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_contiguous_images_give_contiguous_maps(layout, folded):
+    """Whatever format the weights have: mmcv's RoIAlign takes all maps as contiguous."""
+    model = tiny(context_skip=True).eval().to(memory_format=layout)
+    model = fold(model) if folded else model
+    x = image(2, 3, 64, 96)
+    maps = model(x)
+    assert all(m.is_contiguous() for m in maps)
+    align = RoIAlign(3, 0.25)
+    boxes = torch.tensor([[0.0, 0, 0, 40, 40], [1.0, 8, 8, 60, 90]])
+    copy = torch.empty_like(maps[0], memory_format=torch.contiguous_format).copy_(maps[0])
+    torch.testing.assert_close(align(maps[0], boxes), align(copy, boxes))
+    fast = model(x.to(memory_format=torch.channels_last))
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in fast)

@@ -285,6 +285,7 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 def test_compiled_training_keeps_the_inputs_alone():
     """Neither kernels nor bands of a matrix are kept for the backward pass."""
     n, g, _, _, _, h, w, kernels = case = (1, 2, 4, 49, 4, 26, 48, (5, 13))

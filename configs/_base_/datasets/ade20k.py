@@ -1,5 +1,5 @@
 data_root = 'data/ade/ADEChallengeData2016/'
-# what the tools say when the folder is not there
+# shown by the tools if the folder is missing
 data_source = (
     'ADE20K: unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip '
     'in data/ade'
@@ -14,7 +14,7 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-# labels are loaded after resizing: they are compared at their own size
+# labels are loaded after resizing: metrics are computed at the size of the label maps
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),

@@ -1,31 +1,11 @@
 # The demo scenes (tools/make_demo_data.py) as an instance segmentation data set.
 _base_ = './coco_instance.py'
+
+from overlock_mm.datasets import demo  # noqa: E402  (mmengine wants _base_ first)
+
 data_root = 'data/demo/'
 data_source = 'demo data: run python tools/make_demo_data.py'
-metainfo = dict(
-    classes=(
-        'burts_bees_baby_wipes',
-        'fiskars_scissors',
-        'hanes_socks',
-        'ice_cube_tray',
-        'irish_spring_soap',
-        'laugh_out_loud_jokes',
-        'measuring_spoons',
-        'mouse_traps',
-        'person',
-    ),
-    palette=[
-        (255, 225, 25),
-        (240, 50, 230),
-        (230, 25, 75),
-        (70, 240, 240),
-        (60, 180, 75),
-        (245, 130, 48),
-        (200, 170, 255),
-        (170, 110, 40),
-        (0, 130, 200),
-    ],
-)
+metainfo = dict(classes=demo.CLASSES[1:], palette=list(demo.PALETTE[1:]))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),

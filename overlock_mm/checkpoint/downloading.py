@@ -16,25 +16,28 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError
 
-# Where the released files are.
+# Folder of the released files.
 RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 # Seconds without a byte after which a download has stalled.
 _TIMEOUT = 30
-# The begin of a file's SHA-256 in its name, as torch.hub has it.
+# torch.hub's convention: a name may end in the first digits of the file's SHA-256.
 _CHECKSUM = re.compile(r'-([0-9a-f]{8,64})\.')
 
 
 def download(url: str) -> Path:
-    """Download a file to torch hub's cache, unless it is there, and return its path.
+    """Download a file to the cache of torch.hub, unless it is there.
 
-    It gets its name only when it is complete, so an interrupted download leaves
-    nothing that a later run could take for the file. Of several processes one
-    downloads. Where the name of the file ends in the begin of its SHA-256, as in
-    ``resnet50-0676ba61.pth``, that is checked.
+    The file gets its name only when it is complete, so an interrupted download leaves
+    nothing that a later run could use by mistake. Of several processes, one downloads. If
+    the name ends in the first digits of the SHA-256, as ``resnet50-0676ba61.pth``, the
+    file must have it.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        CheckpointError: if it cannot be downloaded whole, with the path at which a
-            file that was fetched elsewhere is found.
+        CheckpointError: if the file cannot be downloaded completely. The message has the
+            path at which to place a copy.
     """
     target = cached(url)
     if target.exists():
@@ -50,24 +53,25 @@ def download(url: str) -> Path:
 
 
 def cached(url: str) -> Path:
-    """Where a download is kept: by its name, and other than released files by its URL."""
+    """The path of a downloaded file in the cache."""
     name = Path(urlparse(url).path).name
-    if not url.startswith(RELEASE):  # files of one name may be different ones
+    if not url.startswith(RELEASE):  # two URLs may end in the same name
         stem, suffix = os.path.splitext(name)
         name = f'{stem}.{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}'
     return Path(torch.hub.get_dir()) / 'checkpoints' / name
 
 
 def cannot_download(url: str, error: Exception) -> CheckpointError:
-    """The error to raise when a download has ended in another."""
+    """The error to raise when a download has failed with another one."""
     reason = getattr(error, 'reason', None) or str(error) or type(error).__name__
     return CheckpointError(
-        f'{url} cannot be downloaded ({reason}); fetch it elsewhere and place it at '
-        f'{cached(url)}, or give its path in place of the URL'
+        f'{url} cannot be downloaded ({reason}); get it in another way and place it at '
+        f'{cached(url)}, or give its path instead of the URL'
     )
 
 
 def _download(url, target):
+    # torch.hub.download_url_to_file neither times out nor notices a truncated file
     handle, partial = tempfile.mkstemp(dir=target.parent, suffix='.partial')
     digest, done = hashlib.sha256(), 0
     try:
@@ -90,7 +94,7 @@ def _download(url, target):
             raise URLError(
                 f'its SHA-256 is {digest.hexdigest()[:16]}... and not {known[1]}...'
             )
-        problem = no_weights(Path(partial))
+        problem = not_weights(Path(partial))
         if problem:
             raise URLError(f'it is {problem}')
         os.replace(partial, target)
@@ -99,15 +103,15 @@ def _download(url, target):
             os.remove(partial)
 
 
-def no_weights(path) -> str | None:
-    """What a file is that begins as no file of weights does."""
+def not_weights(path: Path) -> str | None:
+    """What a file is whose first bytes show that it is not a checkpoint, or None."""
     with path.open('rb') as file:
-        begin = file.read(512).lstrip()
-    if not begin:
+        start = file.read(512).lstrip()
+    if not start:
         return 'empty'
-    if re.match(rb'<[a-zA-Z!?]', begin):
+    if re.match(rb'<[a-zA-Z!?]', start):
         return (
-            f'a web page (it begins with {begin[:15]!r}), as is saved in place of a file '
-            'that was not found'
+            f'a web page (it starts with {start[:15]!r}), as servers send it when a file '
+            'is not there'
         )
     return None

@@ -1,4 +1,4 @@
-"""Recognising what a checkpoint holds: where its weights are, and of what form they are."""
+"""Recognising what a checkpoint holds: where its weights are, and of which OverLoCK."""
 
 import re
 from typing import NamedTuple
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ..archs import ARCHS
 from ..errors import CheckpointError
 
-# Where a checkpoint has its weights; of averaged and last ones, the averaged ones.
+# Keys under which checkpoints have their weights; averaged weights come first.
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'model')
-# Parts of names that distributed and compiled models add.
+# Prefixes that distributed and compiled models add to names.
 _MODULE = re.compile(r'(?:^|(?<=backbone\.))(?:module\.|_orig_mod\.)+')
-# The option of OverLoCK that makes a form.
+# The option of OverLoCK that gives a layout.
 OPTION = {
     'classification': '',
     'segmentation': ' (context_skip=False)',
@@ -22,30 +22,44 @@ OPTION = {
 _SHOWN = 5
 
 
-class Form(NamedTuple):
-    """What kind of OverLoCK a state dict is of."""
+class Kind(NamedTuple):
+    """Which OverLoCK a state dict belongs to."""
 
-    # 'xt', 't', 's', 'b', or a dict of sizes, None where parts are absent; '' if it is
-    # no OverLoCK at all
+    # 'xt', 't', 's' or 'b'; or a dict of sizes, None for absent parts; '' if the state
+    # dict has no OverLoCK
     arch: str | dict
-    task: str  # 'classification', 'segmentation' or 'detection'
+    layout: str  # 'classification', 'segmentation' or 'detection'
     deploy: bool
+
+    @property
+    def partial(self) -> bool:
+        """Whether some of the backbone's parts are absent."""
+        return isinstance(self.arch, dict) and None in sum(self.arch.values(), ())
 
     def __str__(self):
         if not self.arch:
-            return 'no OverLoCK'
+            return 'not an OverLoCK'
+        name = f'OverLoCK-{self.arch.upper()}' if isinstance(self.arch, str) else 'OverLoCK'
+        if isinstance(self.arch, dict):
+            dims, depths = self.arch['embed_dims'], self.arch['depths']
+            name += f' with embed_dims={dims} and depths={depths}'
         form = 'deploy' if self.deploy else 'training'
-        arch = self.arch
-        if isinstance(arch, dict):
-            arch = f'of embed_dims {arch["embed_dims"]} and depths {arch["depths"]}'
-        return f'OverLoCK {arch}, {self.task} form{OPTION[self.task]}, {form} form'
+        return f'{name}, {self.layout} layout{OPTION[self.layout]}, {form} form'
 
 
 def unwrap(content, source: str) -> tuple[str, dict[str, Tensor]]:
-    """The key that a checkpoint has its tensors under ('' if bare), and the tensors.
+    """Find the state dict in the content of a checkpoint.
+
+    Args:
+        content: what ``read_weights`` returns.
+        source: the name of the checkpoint, for errors.
+
+    Returns:
+        The key that the state dict is under ('' if the content is one itself), and its
+        tensors by name, without the prefixes of distributed and compiled models.
 
     Raises:
-        CheckpointError: if there is no state dict in it.
+        CheckpointError: if there is no state dict.
     """
     held = content if isinstance(content, dict) else {}
     found = []
@@ -59,20 +73,21 @@ def unwrap(content, source: str) -> tuple[str, dict[str, Tensor]]:
         }
         if tensors:
             found.append((key, tensors))
-    if found:  # beside averaged weights there may be tensors that are none
+    if found:  # a key such as 'ema' may hold tensors that are not the weights
         ours = (f for f in found if any('patch_embed1.' in k for k in f[1]))
         return next(ours, found[0])
     what = f'a {type(content).__name__}'
     if isinstance(content, dict):
-        what = f'a dict with {first(list(map(str, content))) or "nothing in it"}'
+        keys = shown([str(k) for k in content])
+        what = f'a dict with the keys {keys}' if keys else 'an empty dict'
     raise CheckpointError(
-        f'{source} holds {what}, no state dict; weights are looked for at the top and '
-        f'under {", ".join(_WRAPPERS)}'
+        f'{source} contains {what}, but no state dict; a checkpoint is a state dict, or '
+        f'has one under {", ".join(_WRAPPERS)}'
     )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in distributed, compiled, or augmented ones."""
+    """The model inside of distributed, compiled or test-time augmentation wrappers."""
     for name in ('_orig_mod', 'module'):
         inner = model._modules.get(name)
         if inner is not None:
@@ -80,16 +95,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_deploy(state, at) -> bool:
+def is_deploy(state: dict[str, Tensor], at: str) -> bool:
+    """Whether the backbone with the prefix ``at`` is in deploy form."""
     return f'{at}blocks1.0.proj.1.lk_origin.bias' in state
 
 
-def form_of(state: dict[str, Tensor], at: str = '') -> Form:
-    """What a state dict is of, by its entries.
+def form_of(state: dict[str, Tensor], at: str = '') -> Kind:
+    """Which OverLoCK a state dict belongs to, by its names and shapes.
 
     Args:
-        state: tensors by their names.
-        at: what the names of the backbone's entries begin with.
+        state: tensors by name.
+        at: prefix of the backbone's names.
     """
     own = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
 
@@ -114,20 +130,21 @@ def form_of(state: dict[str, Tensor], at: str = '') -> Form:
         focus_heads=tuple(h and h // 2 for h in heads),
     )
     if arch['embed_dims'][0] is None:
-        return Form('', '', False)
+        return Kind('', '', False)
     for name, known in ARCHS.items():
         if all(
             v in (None, w) for k in arch for v, w in zip(arch[k], known[k], strict=True)
         ):
             arch = name
             break
-    task = 'classification'
+    layout = 'classification'
     if any(k.startswith(('h_proj.', 'extra_norm.4.')) for k in own):
-        task = 'detection'
+        layout = 'detection'
     elif any(k.startswith('extra_norm.') for k in own):
-        task = 'segmentation'
-    return Form(arch, task, is_deploy(state, at))
+        layout = 'segmentation'
+    return Kind(arch, layout, is_deploy(state, at))
 
 
-def first(names) -> str:
+def shown(names) -> str:
+    """The first names of many."""
     return ', '.join(names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')

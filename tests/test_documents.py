@@ -1,0 +1,65 @@
+"""What README and the other documents say exists, and their Python code compiles."""
+
+import ast
+import re
+
+import pytest
+from helpers import ROOT
+
+DOCUMENTS = [
+    *ROOT.glob('*.md'),
+    *ROOT.glob('docs/*.md'),
+    *ROOT.glob('benchmarks/*.md'),
+]
+
+
+def blocks(path, language):
+    return re.findall(rf'^```{language}\n(.*?)^```', path.read_text(), re.M | re.S)
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=named)
+def test_links_lead_somewhere(path):
+    text = path.read_text()
+    links = re.findall(r'\]\(([^)#\s]+)', text)
+    for link in links:
+        if not link.startswith(('http://', 'https://')):
+            assert (path.parent / link).exists(), link
+    anchors = re.findall(r'\]\(#([^)]+)\)', text)
+    titles = [
+        t.strip('# ').lower().replace(' ', '-') for t in re.findall('^#+ .*', text, re.M)
+    ]
+    assert set(anchors) <= set(titles)
+    folders = 'configs|docs|tests|tools|overlock_mm|benchmarks'
+    for name in re.findall(rf'`((?:{folders})/[\w/.-]+)`', text):
+        assert (ROOT / name).exists() or 'NAME' in name, name
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=named)
+def test_commands_exist(path):
+    """Every tool, config and make target that is named, and every option of a tool."""
+    shared = (ROOT / 'overlock_mm/cli.py').read_text()
+    targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.M)
+    text = path.read_text()
+    for target in re.findall(r'`make ([\w-]+)`|^make ([\w-]+)', text, re.M):
+        assert (target[0] or target[1]) in targets, target
+    for command in re.findall(r'tools/\w+\.\w+[^`\n]*', text.replace('\\\n', ' ')):
+        tool, *words = command.partition('#')[0].split()
+        script = ROOT / tool.rstrip('.,:;)')
+        assert script.is_file(), tool
+        api = ROOT / 'overlock_mm/apis' / script.name
+        source = script.read_text() + shared + (api.read_text() if api.exists() else '')
+        for word in words:
+            if word.startswith('--'):
+                assert f"'{word.partition('=')[0]}'" in source, command
+            if word.startswith('configs/'):
+                assert (ROOT / word).is_file(), command
+
+
+@pytest.mark.parametrize('path', DOCUMENTS, ids=named)
+def test_python_code_compiles(path):
+    for block in blocks(path, 'python'):
+        ast.parse(block)
