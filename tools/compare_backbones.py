@@ -12,6 +12,7 @@ from _guard import installed
 with installed('onedl,demo'):
     import torch
     from mmengine.config import Config
+    from mmengine.logging import MMLogger
 
     from overlock_mm import cli
     from overlock_mm.apis import learning
@@ -31,6 +32,7 @@ def main():
     args = parser.parse_args()
     out = args.out.absolute()
     os.chdir(ROOT)
+    MMLogger.get_instance('compare_backbones', log_level='WARNING')  # not every weight
     make_demo_data('data/demo')
     histories = {}
     for path in CONFIGS:
