@@ -53,6 +53,12 @@ def image(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
+def compiled(module):
+    """The module as one graph, without the code generation, which takes long."""
+    torch.compiler.reset()  # else sizes that differ from those of other tests are dynamic
+    return torch.compile(module, fullgraph=True, backend='aot_eager')
+
+
 def relative_error(out, expected):
     return ((out - expected).norm() / expected.norm()).item()
 

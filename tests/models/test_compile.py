@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import TINY, image, randomised, relative_error
+from helpers import TINY, compiled, image, randomised, relative_error
 from torch import nn
 from torch.export import Dim
 
@@ -16,10 +16,6 @@ each_form = pytest.mark.parametrize('form', FORMS.values(), ids=FORMS)
 def small(**kwargs):
     torch.manual_seed(0)
     return randomised(OverLoCK(ARCH, **kwargs))
-
-
-def compiled(model):
-    return torch.compile(model, fullgraph=True, backend='aot_eager')
 
 
 def check_same(outputs, expected):

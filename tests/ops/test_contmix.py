@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import compiled
 from torch import nn
 
 from overlock_mm.ops import contmix, contmix_torch, set_contmix_backend
@@ -276,28 +277,26 @@ def test_vmap(batched):
 
 
 def test_compiles_without_graph_breaks():
-    inputs = flat(make_inputs(CASES['small']))
+    inputs = flat(make_inputs(CASES['one kernel']))  # each adds to the tracing time
     results = []
-    for run in (Op(), torch.compile(Op(), fullgraph=True, backend='aot_eager')):
+    for run in (Op(), compiled(Op())):
         tensors = [t.clone().requires_grad_() for t in inputs]
         out = run(*tensors)
         results.append((out, torch.autograd.grad(out.square().sum(), tensors)))
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.slow
 def test_compiled_training_keeps_the_inputs_alone():
     """Neither kernels nor bands of a matrix are kept for the backward pass."""
-    n, g, _, _, _, h, w, kernels = case = (1, 2, 4, 49, 4, 26, 48, (5, 13))
+    n, g, _, _, _, h, w, kernels = case = (1, 2, 4, 49, 4, 26, 24, (13,))
     tensors = [t.requires_grad_() for t in flat(make_inputs(case, torch.float32))]
-    compiled, sizes = torch.compile(Op(), backend='aot_eager'), []
-    compiled(*tensors)
+    run, sizes = compiled(Op()), []
+    run(*tensors)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: sizes.append(t.numel()) or t, lambda t: t
     ):
-        compiled(*tensors)
-    assert max(sizes) < n * g * h * w * kernels[1] ** 2 / 4
-    assert sum(sizes) < n * g * h * w * kernels[1] ** 2
+        run(*tensors)
+    assert sum(sizes) < n * g * h * w * kernels[0] ** 2
 
 
 def dynamic(*dims):
@@ -305,12 +304,12 @@ def dynamic(*dims):
 
 
 def test_exports_for_any_size():
-    inputs = flat(make_inputs((2, 2, 2, 4, 2, 9, 12, (3, 5))))
-    sizes = (dynamic(0, 3, 4), dynamic(0), dynamic(0, 2, 3), *[None] * 4)
+    inputs = flat(make_inputs((2, 2, 2, 4, 2, 9, 12, (3,))))
+    sizes = (dynamic(0, 3, 4), dynamic(0), dynamic(0, 2, 3), *[None] * 3)
     program = torch.export.export(Op(), inputs, dynamic_shapes=(sizes,))
     assert 'checkpoint' not in program.graph_module.code  # not even with gradients enabled
     for n, h, w in ((1, 7, 53), (3, 15, 6)):
-        others = flat(make_inputs((n, 2, 2, 4, 2, h, w, (3, 5)), seed=1))
+        others = flat(make_inputs((n, 2, 2, 4, 2, h, w, (3,)), seed=1))
         torch.testing.assert_close(program.module()(*others), op(*others))
 
 
