@@ -208,7 +208,7 @@ def test_keeps_the_memory_format():
 
 def op(query, key, value, weight, bias, *rpbs, backend='auto'):
     """ContMix of tensors alone, with the kernel sizes that their biases have."""
-    kernels = [(rpb.shape[-1] + 1) // 2 for rpb in rpbs]
+    kernels = [int(rpb.shape[-1] + 1) // 2 for rpb in rpbs]  # tensors in a trace
     return contmix(query, key, value, weight, bias, rpbs, kernels, backend=backend)
 
 
