@@ -7,6 +7,7 @@ are not compared as text here, but looked up in the registry.
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 from mmengine.config import ConfigDict
 from mmengine.model.weight_init import PretrainedInit
@@ -37,10 +38,13 @@ def class_of(node, registry: Registry, scope: str | None = None) -> type | None:
         return kind
     # mmengine notes the scope of what a config inherits from a toolbox
     with registry.switch_scope_and_registry(node.get('_scope_', scope)) as scoped:
-        try:
-            return scoped.get(kind)
-        except RuntimeError:  # the registry's way to say that nothing has this name
-            return None
+        # 'mmdet.Name' may be a name of mmengine's: a toolbox's registry does not always
+        # look there, depending on what was imported
+        for name in (kind, kind.rpartition('.')[2]):
+            with suppress(RuntimeError):  # there is no such name
+                if found := scoped.get(name):
+                    return found
+    return None
 
 
 def is_a(node, base: type, registry: Registry, scope: str | None = None) -> bool:

@@ -126,7 +126,8 @@ def _relative_norms(norms, eps):
 
 def channel_norms(x: Tensor) -> Tensor:
     """L2 norm of every channel over the map, ``(N, C)``, in float32 at least."""
-    differentiated = x.requires_grad and torch.is_grad_enabled()
+    # a trace is the same with gradients and, when torch checks it, without
+    differentiated = x.requires_grad and torch.is_grad_enabled() or torch.jit.is_tracing()
     if (
         x.device.type == 'cpu'
         and x.dtype.itemsize >= 4
