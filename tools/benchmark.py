@@ -124,6 +124,7 @@ def parse_args() -> argparse.Namespace:
     about = 'stochastic depth rate of both sides (%(default)s)'
     add('--drop-path', type=float, default=defaults.drop_path, help=about)
 
+    cli.add_debug_option(parser)
     args = parser.parse_args()
     # without the files to write: it is recorded in one of them
     args.command_line = ['python tools/benchmark.py', *outputs.parse_known_args()[1]]

@@ -46,6 +46,7 @@ def parse_args():
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     cli.add_config_options(parser)
+    cli.add_debug_option(parser)
     args = parser.parse_args()
     if args.safetensors and not args.dst.endswith('.safetensors'):
         raise cli.UserError(f'with --safetensors, {args.dst} must end in .safetensors')

@@ -23,6 +23,7 @@ def parse_args():
     )
     parser.add_argument('--force', action='store_true', help='overwrite OUT and its config')
     cli.add_config_options(parser)
+    cli.add_debug_option(parser)
     return parser.parse_args()
 
 

@@ -44,6 +44,7 @@ def parse_args():
         help='evaluate the inference-only form (overlock_mm.fold): the same predictions '
         'up to rounding, faster',
     )
+    cli.add_debug_option(parser)
     return parser.parse_args()
 
 

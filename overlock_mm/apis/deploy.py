@@ -53,7 +53,8 @@ def deploy(
     for given, written in ((checkpoint, out), (config, out_config)):
         if written.exists() and os.path.exists(given) and written.samefile(given):
             raise UserError(
-                f'{written} would be written over what was given; choose another OUT'
+                f'{written} is one of the given files and would be overwritten; choose '
+                'another OUT'
             )
     without_pretrained(cfg.get('model'))
     model = build_model(cfg)

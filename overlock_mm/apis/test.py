@@ -54,7 +54,7 @@ def test(
         tta: test-time augmentation: as the config's ``tta_model`` and ``tta_pipeline``
             say, else with the images as they are and flipped.
         fold: evaluate the inference-only form of the backbone (:func:`overlock_mm.fold`).
-        skip_checks: do not look for missing data before the run.
+        skip_checks: do not check data, classes and annotations before the run.
         launcher: how distributed processes were started: 'none', 'pytorch', 'slurm' or
             'mpi'.
 

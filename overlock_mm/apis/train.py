@@ -9,6 +9,7 @@ from ..config.checks import check_run
 from ..config.edit import (
     fit_workers,
     latest_checkpoint,
+    move_pretrained_model,
     replaces_pretrained,
     require_keys,
     starting_checkpoint,
@@ -45,7 +46,7 @@ def train(
         auto_scale_lr: scale the learning rate with the number of GPUs and images.
         pretrained: load the pretrained weights that the config names. What a checkpoint
             brings anyway is not loaded twice.
-        skip_checks: do not look for missing data before the run.
+        skip_checks: do not check data, classes and annotations before the run.
         launcher: how distributed processes were started: 'none', 'pytorch', 'slurm' or
             'mpi'.
 
@@ -67,7 +68,7 @@ def train(
                 'batch size that its rates are for'
             )
         cfg.auto_scale_lr.enable = True
-    start = _find_checkpoint(cfg, resume)
+    start = _find_checkpoint(cfg, resume, pretrained)
     if not pretrained or replaces_pretrained(cfg):
         without_pretrained(cfg.model)
     loaders = ('train_dataloader', 'val_dataloader')
@@ -92,8 +93,8 @@ def _use_amp(cfg) -> None:
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
 
-def _find_checkpoint(cfg, resume: bool | str) -> str | None:
-    """Set ``load_from`` and ``resume`` of a config; the checkpoint to start from."""
+def _find_checkpoint(cfg, resume: bool | str, pretrained: bool) -> str | None:
+    """Set ``load_from`` and ``resume`` of a config; return the checkpoint to start from."""
     if resume is True:
         latest = latest_checkpoint(cfg.work_dir)
         if latest:
@@ -107,6 +108,9 @@ def _find_checkpoint(cfg, resume: bool | str) -> str | None:
             f'resume=True, and no checkpoint in {cfg.work_dir} yet: training starts from '
             'the beginning.'
         )
+    note = move_pretrained_model(cfg) if pretrained else None
+    if note:
+        say(note)
     start = starting_checkpoint(cfg)
     if start:
         start = check_file(start, 'checkpoint')

@@ -147,7 +147,7 @@ class LoadReport:
         heads = [name for name in self.missing if at and not name.startswith(at)]
         if bare and heads:
             return (
-                'The file is of a backbone alone. It belongs into '
+                'The file is of a backbone alone. Load it with '
                 'init_cfg=dict(type="Pretrained", checkpoint=...) of the backbone.'
             )
         if heads and any(not name.startswith(at) for name in self.unexpected):

@@ -308,7 +308,7 @@ def check_class_names(dataset: DataSet, found: Findings) -> None:
     elif dataset.built is None and dataset.unexpected:
         name = dataset.unexpected
         fix = 'Write metainfo=dict(classes=...)' if name == 'classes' else 'Remove it'
-        found.errors.append(f'{key}.{name} is no argument of {kind}. {fix}')
+        found.errors.append(f'{key}.{name} is not an argument of {kind}. {fix}')
     elif (
         dataset.built is not None
         and dataset.classes is None
@@ -354,8 +354,8 @@ def check_coco(dataset: DataSet, found: Findings) -> None:
     repeated = [i for i, n in Counter(a['id'] for a in annotations).items() if n > 1]
     if repeated:
         found.errors.append(
-            f'{path} ({key}.ann_file): ids of annotations are not unique, '
-            f'{_listed(repeated)}. Number the annotations anew'
+            f'{path} ({key}.ann_file): ids of annotations are not unique: '
+            f'{_listed(repeated)}. Give each annotation its own id'
         )
     known = {category.get('id') for category in coco['categories']}
     unknown = Counter(
@@ -405,7 +405,7 @@ def _check_categories(dataset: DataSet, path: str, coco: dict, found: Findings) 
     if missing and dataset.given_names is None:
         found.errors.append(
             f'{dataset.key} has no metainfo.classes, and {len(missing)} of the '
-            f'{dataset.describe_classes()} are no category of {path}. Set '
+            f'{dataset.describe_classes()} are not categories of {path}. Set '
             f'metainfo=dict(classes=({_listed(names)}))'
         )
     elif missing:
@@ -416,7 +416,7 @@ def _check_categories(dataset: DataSet, path: str, coco: dict, found: Findings) 
     order = [name for name in names if name in dataset.classes]
     if not missing and order != dataset.classes:
         found.warnings.append(
-            f'{dataset.key}: classes stand in another order than the categories of {path}. '
+            f'{dataset.key}: classes are in another order than the categories of {path}. '
             'The order in the file counts, so pictures would name classes wrongly; write '
             f'metainfo=dict(classes=({_listed(order, 100)}))'
         )

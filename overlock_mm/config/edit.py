@@ -1,4 +1,4 @@
-"""Changing configs, whichever of the legal ways they are written in.
+"""Changing configs, in every way in which they may be written.
 
 The type of a module can be a name (``'EMAHook'``), a name with its scope
 (``'mmengine.EMAHook'``) or module, or, in pure-Python configs, the class itself. So types
@@ -117,6 +117,34 @@ def latest_checkpoint(work_dir: str) -> str | None:
     if not os.path.exists(os.path.join(work_dir, 'last_checkpoint')):
         return None  # where mmengine would also print it
     return find_latest_checkpoint(work_dir)
+
+
+def move_pretrained_model(cfg) -> str | None:
+    """Move the pretrained weights of a whole model with an OverLoCK to ``load_from``.
+
+    From the model's own ``init_cfg`` mmengine would load what fits and ignore the rest.
+    Both ways replace the pretrained weights of the model's parts.
+
+    Args:
+        cfg (mmengine.Config): the config, changed in place unless a checkpoint is loaded
+            or resumed anyway.
+
+    Returns:
+        What was changed, for the user; None if nothing was.
+    """
+    if starting_checkpoint(cfg) or not has_overlock(cfg):
+        return None
+    given = cfg.model.get('init_cfg')
+    given = [given] if isinstance(given, dict) else list(given or [])
+    pretrained = [init_cfg for init_cfg in given if is_pretrained(init_cfg)]
+    if not pretrained:
+        return None
+    options = {k: v for k, v in pretrained[-1].items() if k not in ('type', 'map_location')}
+    # resume=True is only reached here if there is nothing to resume
+    cfg.load_from, cfg.resume = options.pop('checkpoint'), False
+    loading_options(cfg).update(options)
+    cfg.model.init_cfg = [init_cfg for init_cfg in given if init_cfg not in pretrained]
+    return f'The Pretrained of model.init_cfg is loaded strictly: load_from={cfg.load_from}'
 
 
 def replaces_pretrained(cfg) -> bool:

@@ -60,7 +60,7 @@ def load_config(config: str | Path, options: dict | None = None):
     """Read a config, override keys of it, and check that what it needs is installed.
 
     Args:
-        config: path of a config of MMDetection or MMSegmentation, of whichever kind.
+        config: path of a config of MMDetection or MMSegmentation.
         options: values by key, as ``{'train_dataloader.batch_size': 4}``.
 
     Returns:

@@ -158,7 +158,7 @@ def test_what_cannot_be_deployed(trained, tmp_path):
     again = str(tmp_path / 'deploy.py'), str(tmp_path / 'deploy.pth')
     with pytest.raises(UserError, match='not an OverLoCK in training form'):
         deploy(*again, str(tmp_path / 'more.pth'))
-    with pytest.raises(UserError, match='would be written over'):
+    with pytest.raises(UserError, match='would be overwritten'):
         deploy(*again, str(tmp_path / 'deploy.pth'), force=True)
     content = read_weights(path)
     content['state_dict']['backbone.blocks1.0.dwconv.bias'].fill_(float('nan'))

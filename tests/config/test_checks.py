@@ -371,7 +371,7 @@ def test_class_names_under_old_keys(detector):
     del detector.train_dataloader.dataset.metainfo
     detector.train_dataloader.dataset.classes = NAMES
     text = message(detector)
-    has(text, 'train_dataloader.dataset.classes is no argument of CocoDataset')
+    has(text, 'train_dataloader.dataset.classes is not an argument of CocoDataset')
     has(text, 'metainfo=dict(classes=...)')
     assert '\n' not in text  # nothing on COCO's names, which nobody asked for
 
@@ -479,7 +479,7 @@ def test_mask_head_without_masks_in_the_pipeline(detector):
         (lambda c: c['annotations'][0].update(bbox=[]), ["no 'bbox'", '1 of 12']),
         (lambda c: c['annotations'][0].clear(), ["no 'id'", '1 of 12']),
         (lambda c: c['images'][1].pop('height'), ["no 'height'", '1 of 4', 'id 2']),
-        (lambda c: c['annotations'][0].update(id=2), ['not unique', 'unique, 2']),
+        (lambda c: c['annotations'][0].update(id=2), ['not unique', 'unique: 2']),
         (lambda c: c.update(images=[]), ['has 0 images', 'lists none']),
         (lambda c: c.pop('images'), ['no COCO file', 'no list of images']),
         (

@@ -128,6 +128,29 @@ def test_a_checkpoint_replaces_pretrained_weights(kind, tmp_path):
     assert latest == str(tmp_path / 'iter_3.pth')
 
 
+@pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
+@pytest.mark.parametrize('inside', [list, dict])
+def test_pretrained_weights_of_a_whole_model(kind, inside, tmp_path):
+    """mmengine would load what fits of them; load_from is strict."""
+    init_cfg = dict(type=kind, checkpoint='w.pth', prefix='student.')
+    others = [dict(type='Normal', std=0.01)] if inside is list else []
+    cfg = config(tmp_path, resume=True)
+    cfg.model.init_cfg = [*others, init_cfg] if inside is list else init_cfg
+    assert 'load_from=w.pth' in edit.move_pretrained_model(cfg)
+    assert (cfg.load_from, cfg.resume, cfg.model.init_cfg) == ('w.pth', False, others)
+    assert cfg.default_hooks.loading == dict(type='StrictLoadingHook', prefix='student.')
+
+
+def test_pretrained_weights_of_a_whole_model_stay(tmp_path):
+    """Where a checkpoint replaces them anyway, and in models without an OverLoCK."""
+    init_cfg = dict(type='Pretrained', checkpoint='w.pth')
+    for cfg in (config(tmp_path, load_from='other.pth'), config(tmp_path, 'mmdet.ResNet')):
+        cfg.model.init_cfg = init_cfg
+        before = cfg.to_dict()
+        assert edit.move_pretrained_model(cfg) is None and cfg.to_dict() == before
+    assert edit.move_pretrained_model(config(tmp_path)) is None
+
+
 def test_other_models_keep_their_pretrained_weights(tmp_path):
     """mmengine loads of a checkpoint what fits, so it may bring too little."""
     cfg = config(tmp_path, 'mmdet.ResNet', load_from='w.pth')

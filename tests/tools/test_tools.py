@@ -200,7 +200,7 @@ def test_deploy_checkpoint(segmentor, label_maps, configs, call, fails, demo_dat
     assert not any('origin_bn' in k for k in merged) and len(merged) < len(trained)
     fails(*args, words=['merged.pth exists', '--force'])
     again = ['deploy_checkpoint.py', 'merged.py', 'merged.pth', 'merged.pth', '--force']
-    fails(*again, words=['merged.pth would be written over'])
+    fails(*again, words=['merged.pth is one of the given files'])
     call('test.py', 'merged.py', 'merged.pth', '--out', 'merged_out')
     same_labels(maps('merged_out'), label_maps, 0.999)
 
