@@ -1,4 +1,4 @@
-"""What the command lines share: arguments, and errors as plain messages."""
+"""Shared by the command lines: arguments, and errors as plain messages."""
 
 import argparse
 import os

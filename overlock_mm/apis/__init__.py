@@ -1,1 +1,1 @@
-"""What the commands do, as functions."""
+"""The commands as functions."""

@@ -47,7 +47,7 @@ class Side(NamedTuple):
 
 @dataclass(kw_only=True)
 class BenchmarkOptions:
-    """What all comparisons have in common.
+    """Base class of the comparisons.
 
     Args:
         backend: our side's implementation of ContMix, see ``set_contmix_backend``.
@@ -429,7 +429,7 @@ def _measure_memory() -> None:
 
 
 def hardware(options: BenchmarkOptions) -> dict:
-    """What it ran on; nothing that tells whose machine it is."""
+    """Describe the hardware, without what identifies the machine."""
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(':')[1].strip() for line in lines if 'model name' in line]
@@ -483,7 +483,7 @@ def table(result: dict) -> str:
 
 
 def summary(result: dict) -> str:
-    """How much faster ours is, in one line."""
+    """Say in one line how much faster ours is."""
     ratio, ratios = result['median_ratio'], result['ratios']
     word = 'faster' if ratio >= 1 else 'slower'
     if ratio < 1:

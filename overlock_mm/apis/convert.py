@@ -1,4 +1,4 @@
-"""What tools/convert_checkpoint.py does."""
+"""Convert checkpoints from and to the released layouts."""
 
 import copy
 from pathlib import Path

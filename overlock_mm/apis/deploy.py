@@ -1,4 +1,4 @@
-"""What tools/deploy_checkpoint.py does."""
+"""Merge the dilated branches of a trained model and write it with its config."""
 
 import os
 

@@ -121,7 +121,7 @@ def _check_outputs(cfg, toolbox, out, show_dir, show) -> None:
 
 
 def _picture_options(cfg, toolbox, show_dir, show, wait_time) -> dict | None:
-    """How to draw predictions; the visualizer of the toolbox is added if none is there."""
+    """Set up the drawing of predictions; add the toolbox's visualizer if there is none."""
     if not (show_dir or show):
         return None
     if not cfg.get('visualizer'):

@@ -18,7 +18,7 @@ from ..models import fold as fold_backbone
 
 
 class Accuracy(NamedTuple):
-    """How many images have their class first (top-1), and among the first five (top-5)."""
+    """Count images whose class is the first (top-1) or among the first five (top-5)."""
 
     model: str
     top1: int

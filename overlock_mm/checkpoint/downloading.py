@@ -104,7 +104,7 @@ def _download(url, target):
 
 
 def not_weights(path: Path) -> str | None:
-    """What a file is whose first bytes show that it is not a checkpoint, or None."""
+    """Name what is clearly not a checkpoint, by its first bytes; None otherwise."""
     with path.open('rb') as file:
         start = file.read(512).lstrip()
     if not start:

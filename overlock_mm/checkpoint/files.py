@@ -100,7 +100,7 @@ def _read_pickled(path, map_location, trust):
 
 
 def _reason(path, error, trust) -> str:
-    """What is wrong with a file that cannot be read, and what to do."""
+    """Explain why a file cannot be read, and what to do."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
     if 'pickle_module is specified' in reason or 'weights_only' in reason:
         return (
@@ -167,5 +167,5 @@ def write_weights(content: dict, path: str | Path) -> None:
 
 
 def _plain(value):
-    """What JSON gets in place of a value that it cannot represent."""
+    """Replace a value that JSON cannot represent."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

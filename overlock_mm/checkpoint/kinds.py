@@ -23,7 +23,7 @@ _SHOWN = 5
 
 
 class Kind(NamedTuple):
-    """Which OverLoCK a state dict belongs to."""
+    """The kind of OverLoCK that a state dict belongs to."""
 
     # 'xt', 't', 's' or 'b'; or a dict of sizes, None for absent parts; '' if the state
     # dict has no OverLoCK
@@ -101,7 +101,7 @@ def is_deploy(state: dict[str, Tensor], at: str) -> bool:
 
 
 def form_of(state: dict[str, Tensor], at: str = '') -> Kind:
-    """Which OverLoCK a state dict belongs to, by its names and shapes.
+    """Find the kind of OverLoCK of a state dict by its names and shapes.
 
     Args:
         state: tensors by name.

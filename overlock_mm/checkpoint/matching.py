@@ -169,7 +169,7 @@ _Reasons = dict[str, Callable[[str], bool]]
 
 
 def _only_in_file(backbone, own: Iterable[str], at: str, options) -> _Reasons:
-    """Which keys the model need not have, by the reason."""
+    """Keys that the model need not have, by the reason."""
     heads = tuple(at + part for part in _CLASSIFIER)
     left_out = tuple(at + part for part in backbone.absent_parts())
     own = set(own)
@@ -183,7 +183,7 @@ def _only_in_file(backbone, own: Iterable[str], at: str, options) -> _Reasons:
 
 
 def _only_in_model(state: Iterable[str], at: str, whole: bool) -> _Reasons:
-    """Which keys the file need not have, by the reason."""
+    """Keys that the file need not have, by the reason."""
     dense = tuple(at + part for part in _DENSE_ONLY)
     state = set(state)
     reasons = {

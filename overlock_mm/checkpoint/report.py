@@ -11,7 +11,7 @@ from .kinds import OPTION, Kind, shown
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a checkpoint may differ in from a model.
+    """Allowed differences between a checkpoint and a model.
 
     Args:
         prefix: load only the keys of the file that start with this prefix, without it.
@@ -112,7 +112,7 @@ class LoadReport:
         return '\n'.join(lines)
 
     def complaint(self, at: str, bare: bool) -> str:
-        """What does not fit, and what to do about it.
+        """Describe what does not fit, and what to do about it.
 
         Args:
             at: prefix of the backbone's keys in the model.
@@ -173,7 +173,7 @@ class LoadReport:
 
 
 def dataset_meta_of(content) -> dict:
-    """What a checkpoint says of the classes that its model predicts.
+    """Classes that a checkpoint's model predicts, as the checkpoint says.
 
     Args:
         content: what ``read_weights`` returns.

@@ -221,7 +221,7 @@ def _evaluator_ranges(dataset: DataSet, evaluators) -> dict[str, tuple[int, int]
 
 
 def _check_padding(model: dict, ranges, found: Findings) -> None:
-    """What label maps are padded with must be a label that heads know."""
+    """Check that label maps are padded with a label that heads know."""
     preprocessor = model.get('data_preprocessor') or {}
     if not preprocessor.get('size') and not preprocessor.get('size_divisor'):
         return

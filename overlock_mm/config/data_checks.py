@@ -1,4 +1,4 @@
-"""What a config's data sets hold: paths, class names, annotations and label maps."""
+"""Checks of a config's data sets: paths, class names, annotations and label maps."""
 
 import json
 import mmap
@@ -22,7 +22,7 @@ _LARGE = 50 * 2**20
 
 
 class Findings:
-    """What the checks found: errors, and warnings of what may be intended."""
+    """Results of the checks: errors, and warnings about what may be intended."""
 
     def __init__(self):
         self.errors: list[str] = []
@@ -30,7 +30,7 @@ class Findings:
         self._coco: dict[str, dict | None] = {}
 
     def read_coco(self, path: str) -> dict | None:
-        """What a COCO file holds, read once; None if it cannot be used."""
+        """Content of a COCO file, read once; None if it cannot be used."""
         if path not in self._coco:
             try:
                 self._coco[path] = _read_coco(path)
@@ -172,7 +172,7 @@ class DataSet:
 
     @cached_property
     def bad_names(self) -> str | None:
-        """What is wrong with ``metainfo``, or None."""
+        """Error in ``metainfo``, or None."""
         key, metainfo = f'{self.key}.metainfo', self.cfg.get('metainfo') or {}
         names = self.given_names
         if isinstance(names, str):
@@ -210,7 +210,7 @@ class DataSet:
 
     @property
     def numbers(self) -> dict[str, int | None]:
-        """What a head's numbers of classes must be; None where that is not known."""
+        """Numbers of classes that a head must have; None where that is not known."""
         things, stuff = (self.metainfo.get(f'{k}_classes') for k in ('thing', 'stuff'))
         count = len(self.classes if things is None else things)
         stuff = None if stuff is None else len(stuff)

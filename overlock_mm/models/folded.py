@@ -73,7 +73,7 @@ def fold(model: nn.Module) -> nn.Module:
 def _folded_children(
     module: nn.Module, left_out: tuple[str, ...] = ()
 ) -> list[tuple[nn.Module, str, nn.Module]]:
-    """What to put in place of children: (their parent, their name, the folded form)."""
+    """Replacements of children: (their parent, their name, the folded form)."""
     replaced = []
     for name, child in module.named_children():
         if name in left_out:
@@ -273,7 +273,7 @@ def _conv_bn(layers: nn.Sequential) -> nn.Conv2d:
 
 
 def _shift(shortcut: nn.Module) -> Tensor | int:
-    """What the layer scale of a shortcut adds, to be added by the branch instead."""
+    """Return what the layer scale of a shortcut adds; the branch adds it instead."""
     merged = affine(shortcut)
     return 0 if merged is None else merged[1]
 

@@ -54,7 +54,7 @@ class SqueezeExcite(nn.Module):
         return x * self.scale(x)
 
     def scale(self, x: Tensor) -> Tensor:
-        """What ``x`` is multiplied by, ``(N, C, 1, 1)``."""
+        """Factor of ``x``, ``(N, C, 1, 1)``."""
         return self.proj(x)
 
 
@@ -77,7 +77,7 @@ class GlobalResponseNorm(nn.Module):
         return norm(x, self.gamma, self.beta, self.eps)
 
     def scale(self, x: Tensor) -> Tensor:
-        """What ``x`` is multiplied by, ``(N, C, 1, 1)``, in float32 at least."""
+        """Factor of ``x``, ``(N, C, 1, 1)``, in float32 at least."""
         ratio, _ = _relative_norms(channel_norms(x), self.eps)
         return self.gamma * ratio[:, :, None, None] + 1
 

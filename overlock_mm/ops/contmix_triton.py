@@ -163,7 +163,7 @@ class _ContMix(torch.autograd.Function):
 
 
 def _in_torch(query, value, tap_keys, proj_bias, rpb, kernel_sizes):
-    """What ``_ContMix`` computes, in differentiable operations."""
+    """Compute what ``_ContMix`` does, in differentiable operations."""
     sides = [2 * k - 1 for k in kernel_sizes]
     rpbs = [
         r.unflatten(1, (side, side))

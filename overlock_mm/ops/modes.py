@@ -1,4 +1,4 @@
-"""How torch is running at the moment, for torch 2.1 and later."""
+"""Whether torch is compiling, exporting, tracing or casting, for torch 2.1 and later."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -466,7 +466,7 @@ def test_a_whole_model_has_its_output_norms(tmp_path):
 def test_what_is_no_checkpoint_of_the_model_says_where_it_goes(tmp_path):
     path = tmp_path / 'w.pth'
     torch.save(classifier_state(tiny()), path)
-    with pytest.raises(CheckpointError, match='a backbone alone. It belongs into init_cfg'):
+    with pytest.raises(CheckpointError, match='a backbone alone. Load it with init_cfg'):
         load_checkpoint(Segmentor(), path)
     state = changed(Segmentor(context_skip=True)).state_dict()
     torch.save({k.replace('decode_head', 'neck'): v for k, v in state.items()}, path)

@@ -171,7 +171,10 @@ def test_imagenet_files(tmp_path, log, arch, form, key):
             assert torch.equal(own[name], value), name
 
 
-@pytest.mark.parametrize('name', DENSE)
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=[pytest.mark.slow] if 'small' in n else []) for n in DENSE],
+)
 def test_detectors_and_segmentors(tmp_path, log, name):
     path = tmp_path / f'{name}.pth'
     content = dense_file(name)

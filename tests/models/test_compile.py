@@ -31,7 +31,7 @@ def test_compiles_without_graph_breaks(form):
     check_same(compiled(model)(x), model(x))
 
 
-@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('with_cp', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_training_step(with_cp):
     """Outputs, gradients and running statistics are those of the eager model."""
     x, results = image(2, 3, 64, 64).double(), []
@@ -55,7 +55,9 @@ def test_exports_for_any_batch(form):
         check_same(program.module()(x), model(x))
 
 
-@each_form
+@pytest.mark.parametrize(
+    'form', [pytest.param(FORMS['unfolded'], marks=pytest.mark.slow), fold], ids=FORMS
+)
 def test_exports_for_any_size(form):
     model = form(small().eval())
     sizes = {i: Dim.AUTO for i in (0, 2, 3)}

@@ -28,7 +28,7 @@ CASES = {
     'width equals k': (2, 1, 2, 5, 9, 5, (3, 5)),
     'both equal k': (1, 1, 16, 16, 13, 13, (5, 13)),
     'stage 4': (1, 1, 10, 8, 8, 9, (5, 7)),
-    'wider than a tile': (1, 1, 14, 10, 13, 17, (5, 13)),
+    'wider than a tile': (1, 1, 14, 10, 7, 17, (5, 7)),
     'last tile of one column': (1, 1, 8, 14, 5, 33, (5,)),
     'three kernels': (2, 2, 1, 1, 5, 5, (3, 1, 5)),
     'wide heads': (1, 1, 33, 40, 3, 3, (3,)),
