@@ -112,6 +112,35 @@ def check_outputs(outputs, case, tolerance, name='out'):
         )
 
 
+def check_training_step(model, outputs, case, tolerance):
+    """Outputs, loss, running statistics and, with a backward pass, gradients."""
+    check_outputs(outputs, case, tolerance)
+    loss = 0
+    for i, out in enumerate(as_tuple(outputs)):
+        weights = np.random.RandomState(100 + i).standard_normal(out.shape)
+        loss = loss + (out * torch.from_numpy(weights).to(out)).sum() / out.numel() ** 0.5
+    assert loss.item() == pytest.approx(case['loss'].item(), rel=tolerance)
+    buffers = dict(model.named_buffers())
+    for name, value in zip(case['buf.names'], case['buf.absmean'], strict=True):
+        mean = buffers[name].abs().mean().item()
+        assert mean == pytest.approx(value, rel=tolerance), name
+    loss.backward()
+    params = dict(model.named_parameters())
+    assert set(case['grad.names']) == set(params)
+    # a bias in front of a batch norm has no gradient but rounding errors
+    noise, slack = (1e-12, 1) if loss.dtype == torch.float64 else (1e-5, 5)
+    noise *= case['grad.norms'].max()
+    for name, norm, values in zip(
+        case['grad.names'], case['grad.norms'], case['grad.values'], strict=True
+    ):
+        grad = params[name].grad
+        assert grad.norm().item() == pytest.approx(norm, rel=tolerance, abs=noise), name
+        ours = probed(grad, 8)
+        error = np.linalg.norm(ours - values[: ours.size])
+        limit = slack * tolerance * np.linalg.norm(values[: ours.size]) + noise
+        assert error <= limit, name
+
+
 def listing(entries):
     lines = sorted(
         f'{name} ({", ".join(map(str, shape))}{"," * (len(shape) == 1)})'

@@ -8,7 +8,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..archs import PARTS_FROM, map_channels, settings_of
-from .overlock import OverLoCK, contiguous_as, init_weights
+from .layers import contiguous_as, init_weights
+from .overlock import OverLoCK
 
 _HEAD_WIDTH = 1024
 _POOLS = ('avg', 'max', 'avgmax', '')

@@ -1,5 +1,7 @@
 """ContMix, the dynamic convolution of the Focus-Net."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,18 +10,16 @@ from ..ops import contmix
 from ..ops.modes import is_compiling
 from .layers import conv_bn, is_plain, resize
 
-# The kernel size beside the large one, and the side of the grid of regions.
-SMALL_KERNEL = 5
-REGIONS = 7
+REGIONS = 7  # side of the grid of regions
 
 
 class ContMix(nn.Module):
     """Context-mixing dynamic convolution.
 
     Every position compares its query with the keys of a 7 x 7 grid of regions of the
-    context. From these affinities it makes its own kernels, one of 5 x 5 and one of
-    K x K for every head, and mixes the values around it with them: the first half of
-    the channels with the small kernels, the second half with the large ones. See
+    context. From these affinities it makes its own kernels, a small one (5 x 5) and a
+    large one (K x K) for every head, and mixes the values around it with them: the first
+    half of the channels with the small kernels, the second half with the large ones. See
     section 3.3 of https://arxiv.org/abs/2502.20087.
 
     ``weight_proj``, from affinities to kernels, may be replaced by any affine module
@@ -31,12 +31,43 @@ class ContMix(nn.Module):
         context_dim: channels Cc of the context.
         kernel_size: large kernel size K, odd.
         num_heads: heads of each of the two kernels.
+        small_kernel_size: small kernel size, odd and at most K.
+
+    Raises:
+        ValueError: if the heads do not divide the channels, or a kernel size is not odd.
+
+    Examples:
+        >>> mix = ContMix(dim=64, context_dim=32, kernel_size=7, num_heads=4)
+        >>> x, context = torch.rand(2, 64, 20, 30), torch.rand(2, 32, 20, 30)
+        >>> mix(x, context, value=x).shape
+        torch.Size([2, 64, 20, 30])
     """
 
-    def __init__(self, dim: int, context_dim: int, kernel_size: int, num_heads: int):
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        kernel_size: int,
+        num_heads: int,
+        small_kernel_size: int = 5,
+    ):
         super().__init__()
+        if num_heads < 1 or dim < 1 or dim % (2 * num_heads):
+            raise ValueError(
+                f'dim={dim} must be a multiple of 2 * {num_heads} heads: each half of the '
+                'channels is divided into the heads'
+            )
+        if not (kernel_size % 2 and small_kernel_size % 2):
+            raise ValueError(
+                f'kernel sizes {small_kernel_size} and {kernel_size} must be odd'
+            )
+        if not 1 <= small_kernel_size <= kernel_size:
+            raise ValueError(
+                f'small_kernel_size={small_kernel_size} must be within 1..{kernel_size}, '
+                'the large kernel size'
+            )
         self.dim, self.context_dim = dim, context_dim
-        self.kernel_sizes = (SMALL_KERNEL, kernel_size)
+        self.kernel_sizes = (small_kernel_size, kernel_size)
         self.num_heads = num_heads
         self.query_scale = (dim // num_heads) ** -0.5
         self.weight_query = conv_bn(dim, dim // 2)
@@ -64,12 +95,8 @@ class ContMix(nn.Module):
         Raises:
             TypeError: if ``weight_proj`` was replaced by a module that is not affine.
         """
-        size, large = value.shape[-2:], self.kernel_sizes[-1]
-        enlarged = min(size) < large
-        if enlarged:
-            # bring the short side to the kernel size, the long side in proportion
-            grown = [large if s == min(size) else int(large / min(size) * s) for s in size]
-            x, context, value = (resize(t, grown) for t in (x, context, value))
+        size = value.shape[-2:]
+        x, context, value = (self.enlarged(t, size) for t in (x, context, value))
         query = self.weight_query(x) * self.query_scale
         key = self.weight_key(context).flatten(2)
         out = contmix(
@@ -80,7 +107,20 @@ class ContMix(nn.Module):
             (self.rpb1, self.rpb2),
             self.kernel_sizes,
         )
-        return F.adaptive_avg_pool2d(out, size) if enlarged else out
+        return F.adaptive_avg_pool2d(out, size) if self._is_small(size) else out
+
+    def enlarged(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """Resize ``x`` if a map of this size is smaller than the large kernel.
+
+        The short side gets the kernel size, the long side grows in proportion.
+        """
+        if not self._is_small(size):
+            return x
+        large, short = self.kernel_sizes[1], min(size)
+        return resize(x, [large if s == short else int(large / short * s) for s in size])
+
+    def _is_small(self, size: Sequence[int]) -> bool:
+        return min(size) < self.kernel_sizes[1]
 
     def projection(self) -> tuple[Tensor, Tensor]:
         """Weight ``(taps, 49)`` and bias ``(taps,)`` of ``weight_proj``.

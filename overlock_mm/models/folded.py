@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.depthwise import DepthwiseConv2d
 from ..ops.modes import needs_plain_ops
-from .blocks import DynamicConvBlock, RepConvBlock
+from .blocks import ContMixBlock, DynamicConvBlock, RepConvBlock
 from .contmix import ContMix
 from .layers import (
     DilatedReparamBlock,
@@ -20,13 +20,45 @@ from .layers import (
     affine,
     is_plain,
     merge,
+    merge_branches,
     mergeable,
 )
 from .overlock import OverLoCK
 
 
+def switch_to_deploy(model: nn.Module) -> nn.Module:
+    """Merge the dilated branches of every OverLoCK and ContMixBlock in ``model``, in place.
+
+    The state dict is then that of the deploy form (``deploy=True``); in evaluation mode
+    outputs do not change. The merged model can be fine-tuned, but not turned back.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if there is nothing to merge in ``model``, merged or not.
+        TypeError: if a branch was replaced by a layer that cannot be merged. Nothing was
+            merged then.
+    """
+    if not any(isinstance(m, DilatedReparamBlock) for m in model.modules()):
+        raise ValueError(
+            f'there is no OverLoCK or ContMixBlock in this {type(model).__name__} that is '
+            'not folded; switch_to_deploy() takes a model that has one'
+        )
+    merge_branches(model)
+    for module in model.modules():
+        if isinstance(module, OverLoCK):
+            module.switch_to_deploy()
+    return model
+
+
 def fold(model: nn.Module) -> nn.Module:
-    """Turn every OverLoCK in ``model`` into its inference-only form, in place.
+    """Turn every OverLoCK and ContMixBlock in ``model`` into its inference-only form.
+
+    It works in place.
 
     Beyond the deploy form (``OverLoCK.switch_to_deploy``) it merges all batch norms,
     the identities of the residual depth-wise convolutions, the layer scales and the
@@ -37,27 +69,31 @@ def fold(model: nn.Module) -> nn.Module:
     and load checkpoints of the model before it is folded.
 
     Args:
-        model: an OverLoCK, or a detector, segmentor or other module that has one.
+        model: an OverLoCK or ContMixBlock, or a detector, segmentor or other module that
+            has some.
 
     Returns:
         ``model``, in evaluation mode; ``train()`` raises an error from now on.
 
     Raises:
-        ValueError: if there is no OverLoCK in ``model``.
+        ValueError: if there is no OverLoCK or ContMixBlock in ``model``.
         TypeError: if a layer that would be merged was replaced by one of another type, or
             has hooks. Nothing was merged then.
     """
     backbones = [m for m in model.modules() if isinstance(m, OverLoCK)]
-    if not backbones:
+    blocks = [m for m in model.modules() if isinstance(m, ContMixBlock)]
+    if not backbones and not blocks:
         raise ValueError(
-            f'there is no OverLoCK in this {type(model).__name__}; fold() takes an '
-            'OverLoCK or a model that has one'
+            f'there is no OverLoCK or ContMixBlock in this {type(model).__name__}; fold() '
+            'takes one of them or a model that has one'
         )
     backbones = [b for b in backbones if not b.folded]
+    blocks = [b for b in blocks if b.folded is None]
     model.eval()
     try:
         with torch.no_grad():
             replaced = [r for b in backbones for r in _folded_children(b, b.training_only)]
+            forms = [_FoldedContMixBlock(mergeable(b, ContMixBlock)) for b in blocks]
     except UnmergeableError as error:
         raise error.named(model, 'fold()') from None
     for module, name, folded in replaced:
@@ -67,6 +103,10 @@ def fold(model: nn.Module) -> nn.Module:
             setattr(backbone, name, None)
         backbone.folded = True
         backbone.requires_grad_(False)
+    for block, folded in zip(blocks, forms, strict=True):
+        block._modules.clear()
+        block._parameters.clear()
+        block.folded = folded.eval().requires_grad_(False)
     return model
 
 
@@ -107,7 +147,11 @@ def _fold_contmix(mixer: ContMix) -> ContMix:
     """ContMix with its batch norms and the scale of the query merged."""
     with torch.device('meta'):  # no memory, and no random weights
         folded = ContMix(
-            mixer.dim, mixer.context_dim, mixer.kernel_sizes[-1], mixer.num_heads
+            mixer.dim,
+            mixer.context_dim,
+            mixer.kernel_sizes[1],
+            mixer.num_heads,
+            mixer.kernel_sizes[0],
         )
     query = _conv_bn(mixer.weight_query)
     query.weight *= mixer.query_scale
@@ -127,9 +171,12 @@ class _FoldedMlp(nn.Module):
     Args:
         layers: the first five of these.
         shortcut: layer scale of the shortcut, or an identity.
+        after: layer scale of the last convolution's output, or an identity.
     """
 
-    def __init__(self, layers: list[nn.Module], shortcut: nn.Module):
+    def __init__(
+        self, layers: list[nn.Module], shortcut: nn.Module, after: nn.Module | None = None
+    ):
         super().__init__()
         expand, gelu, dwconv, norm, reduce = layers
         self.approximate = mergeable(gelu, nn.GELU).approximate
@@ -139,6 +186,7 @@ class _FoldedMlp(nn.Module):
         self.reduce = _conv(
             mergeable(reduce, nn.Conv2d),
             before=(1, norm.beta.flatten()),
+            after=after,
             shift=_shift(shortcut),
         )
         self.shortcut = _Shortcut(shortcut)
@@ -231,6 +279,48 @@ class _FoldedDynamicConvBlock(nn.Module):
         mixed = self.dyconv_proj(self.contmix(x, context, value)).add_(self.lepe(value))
         scale = self.se_layer.scale(mixed)
         return _pointwise(mixed.mul_(self.gate(value)), self.proj, scale)
+
+
+class _FoldedContMixBlock(nn.Module):
+    def __init__(self, block: ContMixBlock):
+        super().__init__()
+        (scaled1, after1), (scaled2, after2) = (
+            (scale, nn.Identity()) if block.res_scale else (nn.Identity(), scale)
+            for scale in (block.ls1, block.ls2)
+        )
+        self.dwconv1, self.norm1 = _conv(mergeable(block.dwconv1, ResDWConv)), block.norm1
+        self.weight_value = _conv_bn(block.weight_value)
+        self.contmix = _fold_contmix(block)
+        self.fusion_proj = _conv_bn(block.fusion_proj)
+        large, norm = mergeable(block.lepe, nn.Sequential)
+        self.lepe = _conv(mergeable(large, DilatedReparamBlock).merged(), after=norm)
+        self.se_layer = mergeable(block.se_layer, SqueezeExcite)
+        self.gate = _fold_sequence(mergeable(block.gate, nn.Sequential))
+        norm, proj = mergeable(block.proj, nn.Sequential)
+        self.proj = _conv(
+            mergeable(proj, nn.Conv2d),
+            before=affine(norm),
+            after=after1,
+            shift=_shift(scaled1),
+        )
+        self.shortcut = _Shortcut(scaled1)
+        self.dwconv2, self.norm2 = _conv(mergeable(block.dwconv2, ResDWConv)), block.norm2
+        self.mlp = _FoldedMlp(
+            list(mergeable(block.mlp, nn.Sequential)), scaled2, after=after2
+        )
+        mergeable(block.drop_path, DropPath, nn.Identity)  # nothing to do at inference
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv1(x)
+        x = self.shortcut(x, self._mix(self.norm1(x)))
+        x = self.dwconv2(x)
+        return self.mlp(self.norm2(x), x)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        mixed = self.fusion_proj(self.contmix(x, x, self.weight_value(x)))
+        mixed = mixed.add_(self.lepe(x))
+        scale = self.se_layer.scale(mixed)
+        return _pointwise(mixed.mul_(self.gate(x)), self.proj, scale)
 
 
 def _conv(

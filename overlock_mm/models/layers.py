@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -29,7 +30,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init_value: float = 1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), init_value))
+        self.weight = nn.Parameter(torch.full((dim, 1, 1, 1), float(init_value)))
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -311,3 +312,48 @@ def conv_bn(in_dim: int, out_dim: int) -> nn.Sequential:
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize to ``size`` (H, W), corners not aligned."""
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
+
+
+@torch.fx.wrap
+def contiguous_as(image: Tensor, x: Tensor) -> Tensor:
+    """``x``, contiguous if the image is.
+
+    Norms over the channels return maps in channels_last memory, and convolutions pass
+    that on. Code outside torch may not expect it: mmcv's RoIAlign reads all memory as
+    contiguous, without a check, and hands wrong features to the heads.
+    """
+    return x.contiguous() if image.is_contiguous() else x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise a convolution: truncated normal of std 0.02, and zero biases."""
+    # on the meta device there are no values, and drawing them takes most of the time
+    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def folded_error(module: nn.Module) -> RuntimeError:
+    """The error for ``train()`` after ``fold()``."""
+    return RuntimeError(
+        f'a folded {type(module).__name__} has no batch norms to train with: build the '
+        'model again and load its checkpoint to train it; fold() is for inference only'
+    )
+
+
+def merge_branches(model: nn.Module, action: str = 'switch_to_deploy()') -> None:
+    """Merge the dilated branches of every large kernel in ``model``, in place; idempotent.
+
+    Raises:
+        TypeError: if a branch was replaced by a layer that cannot be merged. Nothing was
+            merged then.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, DilatedReparamBlock)]
+    try:
+        for block in blocks:
+            block.merged()  # all of them, or none
+    except UnmergeableError as error:
+        raise error.named(model, action) from None
+    for block in blocks:
+        block.switch_to_deploy()

@@ -1,17 +1,15 @@
 """The OverLoCK backbone (https://arxiv.org/abs/2502.20087)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit, update_init_info
 from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
-from timm.layers import LayerNorm2d, trunc_normal_
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from ..archs import (
     ARCHS,
@@ -23,9 +21,16 @@ from ..archs import (
 )
 from ..checkpoint import load_checkpoint
 from ..errors import CheckpointError
-from ..ops.modes import is_compiling
 from .blocks import DynamicConvBlock, RepConvBlock
-from .layers import DilatedReparamBlock, LayerScale, UnmergeableError, resize
+from .layers import (
+    LayerScale,
+    contiguous_as,
+    folded_error,
+    init_weights,
+    merge_branches,
+    resize,
+)
+from .recompute import checkpointed
 
 _MIN_SIDE = 32
 
@@ -285,18 +290,9 @@ class OverLoCK(BaseModule):
         return x, context
 
     def _run(self, stage: int, block: nn.Module, *inputs: Tensor):
-        if stage not in self.with_cp or not torch.is_grad_enabled():
-            return block(*inputs)
-        if is_compiling():
-            # the compiler updates the running statistics once by itself, and takes no
-            # context_fn
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return checkpoint(
-            block,
-            *inputs,
-            use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _StatisticsKept(block)),
-        )
+        if stage in self.with_cp and torch.is_grad_enabled():
+            return checkpointed(block, block, *inputs)
+        return block(*inputs)
 
     def switch_to_deploy(self) -> None:
         """Merge the dilated branches of every large kernel, in place.
@@ -309,14 +305,7 @@ class OverLoCK(BaseModule):
         Raises:
             TypeError: if a branch was replaced by a layer that cannot be merged.
         """
-        blocks = [m for m in self.modules() if isinstance(m, DilatedReparamBlock)]
-        try:
-            for block in blocks:
-                block.merged()  # all of them, or none
-        except UnmergeableError as error:
-            raise error.named(self, 'switch_to_deploy()') from None
-        for block in blocks:
-            block.switch_to_deploy()
+        merge_branches(self)
         self.deploy = True
         self._freeze_stages()
 
@@ -343,10 +332,7 @@ class OverLoCK(BaseModule):
 
     def train(self, mode: bool = True):
         if mode and self.folded:
-            raise RuntimeError(
-                'a folded OverLoCK has no batch norms to train with: build the model '
-                'again and load its checkpoint to train it; fold() is for inference only'
-            )
+            raise folded_error(self)
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
@@ -403,17 +389,6 @@ def _checked_image(x: Tensor, channels: int) -> Tensor:
             'in_channels'
         )
     return x
-
-
-@torch.fx.wrap
-def contiguous_as(image: Tensor, x: Tensor) -> Tensor:
-    """``x``, contiguous if the image is.
-
-    Norms over the channels return maps in channels_last memory, and convolutions pass
-    that on. Code outside torch may not expect it: mmcv's RoIAlign reads all memory as
-    contiguous, without a check, and hands wrong features to the heads.
-    """
-    return x.contiguous() if image.is_contiguous() else x
 
 
 def _checked_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
@@ -483,15 +458,6 @@ def _downsample(in_dim: int, out_dim: int) -> nn.Sequential:
     )
 
 
-def init_weights(module: nn.Module) -> None:
-    """Initialise a convolution: truncated normal of std 0.02, and zero biases."""
-    # on the meta device there are no values, and drawing them takes most of the time
-    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class _CheckedPretrained:
     """Instead of mmengine's ``Pretrained``, which loads what fits and ignores the rest."""
 
@@ -527,26 +493,3 @@ def _is_pretrained(cfg: dict) -> bool:
     if isinstance(kind, str):  # with or without a scope
         kind = WEIGHT_INITIALIZERS.get(kind)
     return isinstance(kind, type) and issubclass(kind, PretrainedInit)
-
-
-class _StatisticsKept:
-    """Let a recomputation update copies of the running statistics, not them again.
-
-    A context that can be entered again, for a second backward pass.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.norms = [
-            m for m in module.modules() if isinstance(m, _BatchNorm) and m.training
-        ]
-
-    def __enter__(self):
-        self.kept = [dict(norm._buffers) for norm in self.norms]
-        for norm, buffers in zip(self.norms, self.kept, strict=True):
-            norm._buffers.update(
-                {k: v.clone() for k, v in buffers.items() if v is not None}
-            )
-
-    def __exit__(self, *error):
-        for norm, buffers in zip(self.norms, self.kept, strict=True):
-            norm._buffers.update(buffers)
