@@ -47,6 +47,11 @@ ARCHS |= {
     'small': ARCHS['s'],
     'base': ARCHS['b'],
 }
+# Stochastic depth rates of the released segmentation and detection models; for xt, of which
+# there are none, that of its classifier.
+DENSE_DROP_PATH = dict(
+    mmseg=dict(xt=0.1, t=0.2, s=0.3, b=0.5), mmdet=dict(xt=0.1, t=0.2, s=0.4, b=0.6)
+)
 _FIELDS = dict(depths=4, focus_depths=2, embed_dims=4, kernel_sizes=4, focus_heads=2)
 # The children of the backbone that are built only if a map of this index or a later one
 # is returned.

@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 
 from ..errors import UserError
@@ -40,6 +42,7 @@ def _require(name: str) -> None:
 
 def _read(path: Path):
     """Read a config; say what to install where it inherits from a toolbox."""
+    _find_packages()
     try:
         return Config.fromfile(path)
     except ModuleNotFoundError as error:
@@ -56,6 +59,35 @@ def _read(path: Path):
         ) from error
 
 
+def _find_packages() -> None:
+    """Have mmengine find the onedl packages for ``_base_ = 'mmseg::...'``."""
+    for name, package in MODULE2PACKAGE.items():
+        if name in _TOOLBOXES and _package(name) != package:
+            with suppress(PackageNotFoundError):
+                distribution(_package(name))
+                MODULE2PACKAGE[name] = _package(name)
+
+
+def read_config(config: str | Path):
+    """Read a config that may import packages which are not installed.
+
+    Args:
+        config: its path.
+
+    Returns:
+        mmengine.Config: the config as it is in the file.
+
+    Raises:
+        UserError: if it is missing or cannot be read.
+    """
+    path = _check_path(config)
+    with _readable(path):
+        try:
+            return _read(path)
+        except ImportError:
+            return Config.fromfile(path, import_custom_modules=False)
+
+
 def load_config(config: str | Path, options: dict | None = None):
     """Read a config, override keys of it, and check that what it needs is installed.
 
@@ -70,21 +102,10 @@ def load_config(config: str | Path, options: dict | None = None):
         UserError: if the file is missing or not a config of a known toolbox, or if the
             toolbox or what it needs (mmcv's compiled ops, for one) is not installed.
     """
-    path = Path(config)
-    if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
-        hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
-        raise UserError(f'config {path} does not exist; {hint}')
-    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
-        raise UserError(f'{path} is no config; configs end in .py, .yml, .yaml or .json')
-    try:
+    path = _check_path(config)
+    with _readable(path):
         cfg = _read(path)
         cfg.merge_from_dict(options or {})
-    except (OSError, ImportError, SyntaxError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{path} cannot be read: {type(error).__name__}: {error}; fix the config, or '
-            'what it inherits or imports (--debug shows where)'
-        ) from error
     toolbox = toolbox_of(cfg)
     _require('mmcv')
     _require(toolbox)
@@ -92,6 +113,29 @@ def load_config(config: str | Path, options: dict | None = None):
     add_imports(cfg)
     expand_user(cfg)
     return cfg
+
+
+def _check_path(config: str | Path) -> Path:
+    path = Path(config)
+    if not path.is_file():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
+        hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
+        raise UserError(f'config {path} does not exist; {hint}')
+    if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
+        raise UserError(f'{path} is not a config; configs end in .py, .yml, .yaml or .json')
+    return path
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what may go wrong in a config into an error that names it."""
+    try:
+        yield
+    except (OSError, ImportError, SyntaxError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{path} cannot be read: {type(error).__name__}: {error}; fix the config, or '
+            'what it inherits or imports (--debug shows where)'
+        ) from error
 
 
 def load_run_config(
@@ -199,11 +243,18 @@ def build_model(cfg):
     """The detector or segmentor of a config."""
     if 'model' not in cfg:
         raise UserError(f'{cfg.filename} has no model; give the config of one')
-    toolbox = toolbox_of(cfg)
+    register_modules(toolbox_of(cfg))
+    return MODELS.build(cfg.model)
+
+
+def register_modules(toolbox: str) -> None:
+    """Register the modules of a toolbox, and look names up in it by default."""
+    _require('mmcv')
+    _require(toolbox)
+    _require_working(toolbox)
     utils = importlib.import_module(f'{toolbox}.utils')
     utils.register_all_modules(init_default_scope=False)
     init_default_scope(toolbox)
-    return MODELS.build(cfg.model)
 
 
 def build_runner(cfg):

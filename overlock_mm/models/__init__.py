@@ -2,5 +2,13 @@ from .blocks import ContMixBlock
 from .contmix import ContMix
 from .folded import fold, switch_to_deploy
 from .overlock import OverLoCK
+from .timm_backbone import TimmBackbone
 
-__all__ = ['ContMix', 'ContMixBlock', 'OverLoCK', 'fold', 'switch_to_deploy']
+__all__ = [
+    'ContMix',
+    'ContMixBlock',
+    'OverLoCK',
+    'TimmBackbone',
+    'fold',
+    'switch_to_deploy',
+]

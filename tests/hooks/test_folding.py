@@ -126,7 +126,5 @@ def test_a_model_without_overlock(tmp_path):
         def forward(self, inputs, mode='predict'):
             return [self.conv(inputs)]
 
-    with pytest.raises(
-        UserError, match='no OverLoCK or ContMixBlock in this Plain'
-    ):
+    with pytest.raises(UserError, match='no OverLoCK or ContMixBlock in this Plain'):
         predict(tmp_path, Plain(), [dict(type='FoldHook')])
