@@ -69,6 +69,8 @@ def recipe_of(path):
     recipe['model.backbone.drop_path_rate'] = RECIPES['drop_path_rate'][task][arch]
     weights = RECIPES['weights'].format(arch=arch)
     recipe['model.backbone.init_cfg'] = dict(type='Pretrained', checkpoint=weights)
+    if path.stem.endswith('layer_decay'):
+        recipe |= RECIPES['layer_decay']
     return recipe
 
 

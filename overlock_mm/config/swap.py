@@ -86,7 +86,7 @@ def swap(
     cfg = copy.deepcopy(cfg) if isinstance(cfg, Config) else read_config(cfg)
     toolbox = toolbox_of(cfg)
     register_modules(toolbox)
-    path = _find_backbone(cfg)
+    path = find_backbone(cfg)
     model, name = _at(cfg, path[:-1]), '.'.join(path)
     old, notes = model['backbone'], []
     _refuse_tied(model, old, name)
@@ -110,7 +110,7 @@ def swap(
     return cfg, [f'{name}: {kind(old)} -> {_described(new)}', *notes]
 
 
-def _find_backbone(cfg: Config) -> tuple[str, ...]:
+def find_backbone(cfg: Config) -> tuple[str, ...]:
     """The keys that lead to the backbone of a config's model, or of the model inside it."""
     if not isinstance(cfg.get('model'), dict):
         raise UserError(f'{cfg.filename} has no model; give the config of one')

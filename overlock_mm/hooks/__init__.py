@@ -1,6 +1,10 @@
-"""Hooks of mmengine's Runner; not imported by the package itself, as they need OpenCV."""
+"""Hooks and optimizer constructors of mmengine.
+
+The package itself does not import them, as they need OpenCV.
+"""
 
 from .folding import FoldHook
+from .layer_decay import OverLoCKLayerDecayConstructor
 from .loading import StrictLoadingHook
 
-__all__ = ['FoldHook', 'StrictLoadingHook']
+__all__ = ['FoldHook', 'OverLoCKLayerDecayConstructor', 'StrictLoadingHook']

@@ -96,7 +96,7 @@ def test_missing_config(tmp_path):
     with pytest.raises(UserError, match='x.py does not exist.*upernet_overlock_xt.py'):
         load_config(missing)
     (tmp_path / 'w.pth').touch()
-    with pytest.raises(UserError, match='is no config; configs end in .py'):
+    with pytest.raises(UserError, match='is not a config; configs end in .py'):
         load_config(tmp_path / 'w.pth')
 
 
