@@ -5,7 +5,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 20000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo demo-detection lint test test-slow format clean
+.PHONY: setup demo demo-detection families lint test test-slow format clean
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -15,6 +15,9 @@ demo: setup
 
 demo-detection: setup
 	@$(BIN)/python tools/run_demo.py detection
+
+families: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/config_families.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -63,3 +63,15 @@ def test_commands_exist(path):
 def test_python_code_compiles(path):
     for block in blocks(path, 'python'):
         ast.parse(block)
+
+
+def test_the_examples_of_the_block():
+    """The code of docs/block.md as it stands there."""
+    codes = blocks(ROOT / 'docs/block.md', 'python')
+    resnet, unet, contmix = ({} for _ in codes)
+    for code, names in zip(codes, (resnet, unet, contmix), strict=True):
+        exec(code, names)
+    assert resnet['logits'].shape == (2, 10)
+    assert unet['logits'].shape == (2, 2, 64, 96)
+    assert not any('lk_origin' in name for name in unet['fast'].state_dict())
+    assert contmix['mixed'].shape == (2, 64, 20, 30)

@@ -1,4 +1,4 @@
-# 8 minutes on two CPU cores, from random weights: shows that everything works.
+# About 10 minutes on a CPU, from random weights: shows that everything works.
 _base_ = [
     '../_base_/models/upernet_overlock.py',
     '../_base_/datasets/demo_segmentation.py',

@@ -54,6 +54,8 @@ def maps_of(backbone: dict) -> list[Map]:
             with torch.no_grad():
                 with torch.device(device):
                     module = MODELS.build(copy.deepcopy(cfg))
+                if hasattr(module, 'out_strides'):  # ours, which say what they return
+                    return list(map(Map, module.out_channels, module.out_strides))
                 module.to('meta').train(training)
                 maps = module(image)
             break

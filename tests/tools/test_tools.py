@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, SEGMENTATION, TINY, run, tool
+from mmengine.config import Config
 from PIL import Image
 
 from overlock_mm import OverLoCK
@@ -20,7 +21,7 @@ from overlock_mm.apis.test import test as evaluate
 from overlock_mm.apis.train import train
 
 TOOLS = ['train', 'test', 'convert_checkpoint', 'deploy_checkpoint', 'validate_imagenet']
-TOOLS += ['benchmark', 'make_demo_data']
+TOOLS += ['benchmark', 'make_demo_data', 'swap_backbone']
 
 
 @pytest.fixture
@@ -381,3 +382,23 @@ def test_scripts_for_several_gpus(tmp_path, command, variables, expected):
     assert printed.stdout.strip() == expected.replace('TOOLS', str(ROOT / 'tools'))
     usage = subprocess.run([script], env=env, capture_output=True, text=True)
     assert usage.returncode == 2 and usage.stderr.startswith(f'usage: {script} ')
+
+
+def test_swap_backbone(call, fails, tmp_path):
+    stock = Path(mmseg.__file__).parent / '.mim/configs'
+    config = stock / 'upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+    printed = call('swap_backbone.py', config, '--arch', 'xt', '--dry-run').out
+    assert '[256, 512, 1024, 2048] -> [56, 112, 340, 420]' in printed
+    assert "    backbone=dict(\n        _delete_=True,\n        type='OverLoCK'" in printed
+    out = tmp_path / 'new.py'
+    more = ['--no-pretrained', '--drop-path-rate', '0.4', '--build', '--out', out]
+    printed = call('swap_backbone.py', config, '--arch', 'xt', *more).out
+    assert 'one loss and one prediction' in printed and f'wrote {out}' in printed
+    backbone = Config.fromfile(out).model.backbone
+    assert backbone == dict(type='OverLoCK', arch='xt', drop_path_rate=0.4)
+    dilated = stock / 'pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py'
+    again = ['--force', '--out', out]
+    fails('swap_backbone.py', dilated, *again, words=['strides [8, 8]', '--keep-strides'])
+    assert 'pspnet' not in out.read_text()
+    call('swap_backbone.py', dilated, '--keep-strides', *again)
+    assert Config.fromfile(out).model.neck.scales == [2, 4]
