@@ -389,7 +389,7 @@ def test_swap_backbone(call, fails, tmp_path):
     config = stock / 'upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
     printed = call('swap_backbone.py', config, '--arch', 'xt', '--dry-run').out
     assert '[256, 512, 1024, 2048] -> [56, 112, 340, 420]' in printed
-    assert "    backbone=dict(\n        _delete_=True,\n        type='OverLoCK'" in printed
+    assert '_delete_=True' in printed and "type='OverLoCK'" in printed
     out = tmp_path / 'new.py'
     more = ['--no-pretrained', '--drop-path-rate', '0.4', '--build', '--out', out]
     printed = call('swap_backbone.py', config, '--arch', 'xt', *more).out
