@@ -115,6 +115,7 @@ def test_op(tmp_path):
         assert image.size > (500, 300)
 
 
+@pytest.mark.slow
 def test_backbone_per_pixel(capsys):
     options = BackboneOptions(**BACKBONE, batch=2, against='self:64x96')
     result, lines = measured(options)

@@ -141,7 +141,14 @@ def check_parity(model, case, name='out'):
         check_outputs(model.eval()(image), np.load(CASES / f'{case}.npz'), 1e-3, name)
 
 
-@pytest.mark.parametrize('arch, form, key', IMAGENET, ids=lambda v: v or 'bare')
+@pytest.mark.parametrize(
+    'arch, form, key',
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[0] == 's' else [])
+        for case in IMAGENET
+    ],
+    ids=lambda v: v or 'bare',
+)
 def test_imagenet_files(tmp_path, log, arch, form, key):
     path = tmp_path / 'weights.pth'
     content = imagenet_file(arch, form, key)

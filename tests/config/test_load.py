@@ -154,3 +154,17 @@ def test_a_toolbox_that_lacks_a_package(monkeypatch):
     monkeypatch.setattr(importlib, 'import_module', without_ftfy)
     with pytest.raises(UserError, match='MMSegmentation needs ftfy.*pip install ftfy'):
         _require_working('mmseg')
+
+
+@pytest.mark.parametrize(
+    'base',
+    [
+        'mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py',
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    ],
+)
+def test_bases_of_a_toolbox(base, tmp_path):
+    """mmengine knows MMSegmentation's package by the name mmsegmentation alone."""
+    path = tmp_path / 'a.py'
+    path.write_text(f'_base_ = {[base]}')
+    assert load_config(path).model.backbone.depth == 50

@@ -439,7 +439,6 @@ def test_registered_once_and_found_from_every_scope():
     [
         'import overlock_mm, mmseg.models, mmdet.models',
         'import mmdet.models, mmseg.models, overlock_mm',
-        'import mmseg.models, overlock_mm, mmdet.models',
     ],
 )
 def test_import_order(order):

@@ -35,7 +35,9 @@ def cases(mode, smaller_than):
         yield pytest.param(path.stem, torch.float32, id=f'{path.stem}-float32')
 
 
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize(
+    'arch', ['xt', 't', pytest.param('s', marks=pytest.mark.slow), 'b']
+)
 def test_dense_outputs_of_every_arch(arch):
     """Detection and segmentation differ in ``context_skip`` alone."""
     detection, segmentation = (

@@ -386,9 +386,9 @@ def test_scripts_for_several_gpus(tmp_path, command, variables, expected):
 
 def test_swap_backbone(call, fails, tmp_path):
     stock = Path(mmseg.__file__).parent / '.mim/configs'
-    config = stock / 'upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'
+    config = stock / 'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
     printed = call('swap_backbone.py', config, '--arch', 'xt', '--dry-run').out
-    assert '[256, 512, 1024, 2048] -> [56, 112, 340, 420]' in printed
+    assert '[32, 64, 160, 256] -> [56, 112, 340, 420]' in printed
     assert '_delete_=True' in printed and "type='OverLoCK'" in printed
     out = tmp_path / 'new.py'
     more = ['--no-pretrained', '--drop-path-rate', '0.4', '--build', '--out', out]
