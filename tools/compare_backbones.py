@@ -16,6 +16,7 @@ with installed('onedl,demo'):
 
     from overlock_mm import cli
     from overlock_mm.apis import learning
+    from overlock_mm.config.swap import swap
     from overlock_mm.datasets.demo import make_demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def main():
                     continue
                 cfg = Config.fromfile(path)
                 if name in learning.BACKBONES:
-                    learning.swap_backbone(cfg, name)
+                    cfg, _ = swap(cfg, backbone=learning.BACKBONES[name])
                 run = name if form is None else f'{name}, maps in channels_last memory'
                 runs[run] = learning.fit_two_scenes(
                     cfg, args.iterations, memory_format=form

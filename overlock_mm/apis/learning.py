@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -13,30 +13,13 @@ from mmengine.runner import set_random_seed
 
 from ..config.load import build_model
 
-# The backbone's config, without its scope, and the channels of its maps.
+# Backbones of both toolboxes to compare with.
 BACKBONES = dict(
-    resnet18=(dict(type='ResNet', depth=18, norm_eval=False), [64, 128, 256, 512]),
-    swin_t=(dict(type='SwinTransformer', drop_path_rate=0.0), [96, 192, 384, 768]),
+    resnet18=dict(type='ResNet', depth=18, norm_eval=False),
+    swin_t=dict(type='SwinTransformer', drop_path_rate=0.0),
 )
 # The first loss of each task that needs features of objects.
 LOSSES = dict(mmdet='s0.loss_cls', mmseg='decode.loss_ce')
-
-
-def swap_backbone(cfg: Config, name: str) -> None:
-    """Put another backbone, from random weights, into a demo config, in place.
-
-    Args:
-        cfg: config of a demo, for detection or for segmentation.
-        name: a key of ``BACKBONES``.
-    """
-    backbone, channels = BACKBONES[name]
-    scope = cfg.default_scope
-    cfg.model.backbone = ConfigDict(backbone, type=f'{scope}.{backbone["type"]}')
-    if scope == 'mmdet':
-        cfg.model.neck.in_channels = channels
-    else:
-        cfg.model.decode_head.in_channels = channels
-        cfg.model.auxiliary_head.in_channels = channels[2]
 
 
 def fit_two_scenes(

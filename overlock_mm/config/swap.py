@@ -405,9 +405,11 @@ def _set_normalization(node, key: str, mean, std, notes: list[str]) -> None:
 
 def _set_runtime(cfg: Config, new: dict, notes: list[str]) -> None:
     """Set what training with the new backbone needs outside of the model."""
+    hooks = cfg.get('default_hooks') or {}
     add_imports(cfg)
-    loading_options(cfg)
-    notes.append('custom_imports, default_hooks.loading: checkpoints are loaded strictly')
+    if not hooks.get('loading'):
+        loading_options(cfg)
+        notes.append('default_hooks.loading: checkpoints are loaded strictly')
     if cfg.get('sync_bn') is None:
         cfg.sync_bn = 'torch'
         notes.append("sync_bn: 'torch', batch norms share statistics across GPUs")
