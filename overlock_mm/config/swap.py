@@ -212,59 +212,72 @@ def _short(arch: str | dict) -> str | None:
     return next(n for n in names if ARCHS[n] is ARCHS[arch]) if named else None
 
 
-def _swap_maps(model, old, new, name, toolbox, keep_strides, notes) -> None:
+def _swap_maps(
+    model: dict,
+    old: dict,
+    new: ConfigDict,
+    name: str,
+    toolbox: str,
+    keep_strides: bool,
+    notes: list[str],
+) -> None:
     """Choose the maps of the new backbone, and give their channels to what reads them."""
-    old_maps = None
-    if class_of(old, MODELS) is None:  # its library is not installed
-        old_maps = _maps_by_readers(model)
-    if old_maps is None:
-        try:
-            old_maps = maps_of(old)
-        except UserError as error:
-            raise UserError(f'{name} cannot be swapped: {error}') from error
-    pyramid = without_grid_neck(model, old_maps)
-    if pyramid:
-        old_maps = pyramid
-        notes.append('neck: left out, as the new maps have the strides that it made')
+    old_maps = _old_maps(model, old, name, notes)
     found = readers(model)
     if not found:
         raise UserError(
             f'nothing in this {kind(model)} was found to read {name}: a neck or head needs '
             'in_channels. Change this config by hand'
         )
-    if is_one_grid(old, old_maps) and not pyramid:
-        raise UserError(
-            f'{name} cannot be swapped: the heads of this {kind(model)} read maps of one '
-            f'stride ({old_maps[0].stride}) and not a pyramid. Take a config with a '
-            'backbone that returns maps of strides 4 to 32'
-        )
     for reader in found:
         reader.check(old_maps)
     reads = sorted({i for reader in found for i in reader.indices(len(old_maps))})
     neck = bool(model.get('neck'))
-    strides = [m.stride for m in old_maps]
-    main_reads_last = neck or found[0].indices(len(strides))[-1] == len(strides) - 1
-    if strides != sorted(strides) or not main_reads_last:
+    old_strides = [m.stride for m in old_maps]
+    main_reads_last = neck or found[0].indices(len(old_maps))[-1] == len(old_maps) - 1
+    if old_strides != sorted(old_strides) or not main_reads_last:
         raise UserError(
-            f'{name} cannot be swapped: it returns maps of strides {strides}, which it has '
-            'decoded itself, and the heads leave that to it. Take a config with a plain '
-            'backbone'
+            f'{name} cannot be swapped: it returns maps of strides {old_strides}, which it '
+            'has decoded itself, and the heads leave that to it. Take a config with a '
+            'plain backbone'
         )
-    strides = _new_strides(strides, reads, neck)
+    strides = _new_strides(old_strides, reads, neck)
     maps = _select_maps(new, strides, reads, name)
-    scales = [maps[i].stride / old_maps[i].stride for i in reads]
-    if any(scale != 1 for scale in scales):
-        if toolbox != 'mmseg' or neck or not keep_strides:
-            _refuse_strides(
-                [old_maps[i].stride for i in reads],
+    if any(maps[i].stride != old_strides[i] for i in reads):
+        can_keep = toolbox == 'mmseg' and not neck
+        if not (keep_strides and can_keep):
+            _refuse_dilated(
+                [old_strides[i] for i in reads],
                 [maps[i].stride for i in reads],
                 name,
-                toolbox == 'mmseg' and not neck,
+                can_keep,
             )
         maps = _select_maps(new, {i: strides[i] for i in reads}, reads, name)
-        maps = _enlarge(model, maps, old_maps, notes)
+        maps = _enlarge(model, maps, old_strides, notes)
     for reader in found:
         notes += reader.adapt(old_maps, maps)
+
+
+def _old_maps(model: dict, old: dict, name: str, notes: list[str]) -> list[Map]:
+    """The maps that the heads or the neck get now; a neck that makes them is removed."""
+    maps = None
+    if class_of(old, MODELS) is None:  # its library is not installed
+        maps = _maps_by_readers(model)
+    if maps is None:
+        try:
+            maps = maps_of(old)
+        except UserError as error:
+            raise UserError(f'{name} cannot be swapped: {error}') from error
+    pyramid = without_grid_neck(model, maps)
+    if pyramid:
+        notes.append('neck: left out, as the new maps have the strides that it made')
+    elif is_one_grid(old, maps):
+        raise UserError(
+            f'{name} cannot be swapped: the heads of this {kind(model)} read maps of one '
+            f'stride ({maps[0].stride}) and not a pyramid. Take a config with a backbone '
+            'that returns maps of strides 4 to 32'
+        )
+    return pyramid or maps
 
 
 def _maps_by_readers(model: dict) -> list[Map] | None:
@@ -333,7 +346,7 @@ def _select_maps(
     return maps
 
 
-def _refuse_strides(old: list[int], new: list[int], name: str, can_keep: bool) -> None:
+def _refuse_dilated(old: list[int], new: list[int], name: str, can_keep: bool) -> None:
     how = (
         'Give keep_strides=True (--keep-strides), which adds a neck that enlarges them, or '
         'take a config with a head for a pyramid, such as UPerNet'
@@ -347,10 +360,10 @@ def _refuse_strides(old: list[int], new: list[int], name: str, can_keep: bool) -
 
 
 def _enlarge(
-    model: dict, maps: dict[int, Map], old_maps: list[Map], notes: list[str]
+    model: dict, maps: dict[int, Map], old_strides: list[int], notes: list[str]
 ) -> dict[int, Map]:
     """Add a neck that gives the maps the strides that the heads read before."""
-    scales = [m.stride // old_maps[i].stride for i, m in maps.items()]
+    scales = [m.stride // old_strides[i] for i, m in maps.items()]
     model['neck'] = ConfigDict(
         type='MultiLevelNeck',
         in_channels=[m.channels for m in maps.values()],
@@ -358,7 +371,7 @@ def _enlarge(
         scales=scales,
     )
     notes.append(f'neck: MultiLevelNeck, which enlarges the maps {scales} times')
-    return {i: Map(_NECK_CHANNELS, old_maps[i].stride) for i in maps}
+    return {i: Map(_NECK_CHANNELS, old_strides[i]) for i in maps}
 
 
 def _drop_old_weights(cfg: Config, path: tuple[str, ...], notes: list[str]) -> None:
@@ -442,7 +455,13 @@ def _set_runtime(cfg: Config, new: dict, notes: list[str]) -> None:
         return
     paramwise = wrapper.get('paramwise_cfg') or {}
     keys = paramwise.get('custom_keys') or {}
-    if ours and 'norm' not in keys and 'norm_decay_mult' not in paramwise:
+    whole = [key for key in keys if key in 'backbone']
+    if ours and whole:  # mmengine takes the longest key that fits
+        notes.append(
+            f'optim_wrapper.paramwise_cfg: unchanged; its key {whole[0]!r} also decides the '
+            'weight decay of the norms of the backbone'
+        )
+    elif ours and 'norm' not in keys and 'norm_decay_mult' not in paramwise:
         wrapper.paramwise_cfg = {
             **paramwise,
             'custom_keys': {**keys, 'norm': dict(decay_mult=0.0)},

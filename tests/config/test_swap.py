@@ -170,7 +170,7 @@ REFUSED = [
         'and not a pyramid',
     ),
     ('mmseg/san/san-vit-b16_coco-stuff164k-640x640.py', 'no backbone'),
-    ('mmseg/stdc/stdc1_4xb12-80k_cityscapes-512x1024.py', 'it has decoded itself'),
+    ('mmseg/stdc/stdc1_4xb12-80k_cityscapes-512x1024.py', 'has decoded itself'),
     (
         'mmseg/bisenetv1/bisenetv1_r50-d32_4xb4-160k_cityscapes-1024x1024.py',
         'plain backbone',
@@ -263,9 +263,12 @@ def test_weights_of_the_old_model():
 
 
 def test_optimizers():
-    cfg, _ = swap(stock('mmdet/detr/detr_r50_8xb2-150e_coco.py'))
+    cfg, notes = swap(stock('mmdet/detr/detr_r50_8xb2-150e_coco.py'))
     keys = cfg.optim_wrapper.paramwise_cfg.custom_keys
-    assert keys.norm.decay_mult == 0 and keys.backbone.lr_mult == 0.1
+    assert 'norm' not in keys and keys.backbone.lr_mult == 0.1
+    assert any("'backbone' also decides" in note for note in notes)
+    cfg, _ = swap(stock('mmdet/pvt/retinanet_pvt-t_fpn_1x_coco.py'))
+    assert cfg.optim_wrapper.paramwise_cfg.custom_keys.norm.decay_mult == 0
     decay = 'mmseg/convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
     cfg, _ = swap(stock(decay))
     assert cfg.optim_wrapper.constructor == 'OverLoCKLayerDecayConstructor'
