@@ -426,9 +426,13 @@ def _set_runtime(cfg: Config, new: dict, notes: list[str]) -> None:
     if cfg.get('sync_bn') is None:
         cfg.sync_bn = 'torch'
         notes.append("sync_bn: 'torch', batch norms share statistics across GPUs")
-    wrapper = cfg.get('optim_wrapper')
-    if not wrapper:
-        return
+    if cfg.get('optim_wrapper'):
+        _set_optimizer(cfg, new, notes)
+
+
+def _set_optimizer(cfg: Config, new: dict, notes: list[str]) -> None:
+    """Set the layer decay and the weight decay of norms of the new backbone."""
+    wrapper = cfg.optim_wrapper
     ours = kind(new) == 'OverLoCK'
     constructor = class_of(
         dict(type=wrapper.get('constructor')),
@@ -445,6 +449,7 @@ def _set_runtime(cfg: Config, new: dict, notes: list[str]) -> None:
             'optim_wrapper.constructor: '
             f'{constructor.__name__} -> {wrapper.get("constructor", "left out")}'
         )
+        return  # it decides the weight decay, too
     kind_of = kind(wrapper.get('optimizer') or {})
     if kind_of != 'AdamW':
         if ours:
@@ -458,8 +463,8 @@ def _set_runtime(cfg: Config, new: dict, notes: list[str]) -> None:
     whole = [key for key in keys if key in 'backbone']
     if ours and whole:  # mmengine takes the longest key that fits
         notes.append(
-            f'optim_wrapper.paramwise_cfg: unchanged; its key {whole[0]!r} also decides the '
-            'weight decay of the norms of the backbone'
+            f'optim_wrapper.paramwise_cfg: unchanged; its key {whole[0]!r} also decides '
+            'the weight decay of the norms of the backbone'
         )
     elif ours and 'norm' not in keys and 'norm_decay_mult' not in paramwise:
         wrapper.paramwise_cfg = {
