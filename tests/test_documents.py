@@ -1,7 +1,9 @@
 """What README and the other documents say exists, and their Python code compiles."""
 
 import ast
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -75,3 +77,16 @@ def test_the_examples_of_the_block():
     assert unet['logits'].shape == (2, 2, 64, 96)
     assert not any('lk_origin' in name for name in unet['fast'].state_dict())
     assert contmix['mixed'].shape == (2, 64, 20, 30)
+
+
+def test_the_table_of_families():
+    """Its counts are those of its rows, and each family of the toolboxes has one."""
+    _, detection, segmentation = (ROOT / 'docs/families.md').read_text().split('\n## ')
+    for text, toolbox, least in ((detection, 'mmdet', 45), (segmentation, 'mmseg', 35)):
+        rows = re.findall(r'^\| (\S+) \| (\S*) \| (.*) \|$', text, re.M)
+        rows = [row for row in rows if row[0] != 'family']
+        works = sum(row[2].startswith('works') for row in rows)
+        assert f'{works} of {len(rows)} families work' in text and works >= least
+        root = Path(importlib.util.find_spec(toolbox).origin).parent / '.mim/configs'
+        families = {p.name for p in root.iterdir() if p.is_dir()} - {'_base_', 'common'}
+        assert {row[0] for row in rows} == families

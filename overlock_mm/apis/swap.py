@@ -1,11 +1,13 @@
 """Write a config with another backbone, and try the model that it describes."""
 
 import importlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from mmengine.structures import InstanceData, PixelData
@@ -87,11 +89,17 @@ def try_model(cfg: Config) -> None:
     without_pretrained(node)
     if not node.get('data_preprocessor'):
         node.data_preprocessor = dict(type='DetDataPreprocessor', pad_size_divisor=32)
+    hub = MessageHub.get_current_instance()
+    for key in ('iter', 'epoch', 'max_iters', 'max_epochs'):  # which some losses look up
+        hub.update_info(key, 0 if key in ('iter', 'epoch') else 1)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = revert_sync_batchnorm(MODELS.build(node))
-            make = _detection_batch if toolbox == 'mmdet' else _segmentation_batch
+            model.init_weights()
+            make = _segmentation_batch
+            if toolbox == 'mmdet':
+                make = partial(_detection_batch, with_masks=_loads_masks(dict(cfg.items())))
             model.train()
             losses = model(**model.data_preprocessor(make(model), True), mode='loss')
             total, _ = model.parse_losses(losses)
@@ -122,8 +130,10 @@ def _segmentation_batch(model, batch: int = 2, side: int = 64) -> dict:
     return dict(inputs=_images(model, batch, side), data_samples=samples)
 
 
-def _detection_batch(model, batch: int = 2, side: int = 320) -> dict:
-    """Random images with three objects each: boxes, masks and a label map."""
+def _detection_batch(
+    model, with_masks: bool = True, batch: int = 2, side: int = 320
+) -> dict:
+    """Random images with three objects each, and a label map."""
     structures = importlib.import_module('mmdet.structures')
     masks = importlib.import_module('mmdet.structures.mask')
     samples = []
@@ -147,17 +157,26 @@ def _detection_batch(model, batch: int = 2, side: int = 320) -> dict:
         sample.gt_instances = InstanceData(
             bboxes=boxes,
             labels=torch.randint(0, _classes(model), (3,)),
-            masks=masks.BitmapMasks(bitmaps, side, side),
         )
+        if with_masks:
+            sample.gt_instances.masks = masks.BitmapMasks(bitmaps, side, side)
         sample.ignored_instances = InstanceData(
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long()
         )
         sample.gt_sem_seg = PixelData(
             sem_seg=torch.randint(0, _classes(model), (1, side, side))
         )
-        sample.proposals = InstanceData(bboxes=boxes, scores=torch.ones(3))
+        if not getattr(model, 'with_rpn', False):  # Fast R-CNN
+            sample.proposals = InstanceData(bboxes=boxes, scores=torch.ones(3))
         samples.append(sample)
     return dict(inputs=_images(model, batch, side), data_samples=samples)
+
+
+def _loads_masks(node) -> bool:
+    """Whether a config loads masks of instances."""
+    if isinstance(node, dict):
+        return bool(node.get('with_mask')) or any(map(_loads_masks, node.values()))
+    return isinstance(node, list | tuple) and any(map(_loads_masks, node))
 
 
 def _images(model, batch: int, side: int) -> list[torch.Tensor]:

@@ -86,23 +86,24 @@ class Reader:
 
     def indices(self, count: int) -> list[int]:
         """Which of ``count`` maps it reads."""
+        first = [0] if 'c1_in_channels' in self.node else []
+        return first + self._indices_of_channels(count)
+
+    def _indices_of_channels(self, count: int) -> list[int]:
+        """The maps that ``in_channels`` is about, one for each of its numbers."""
         index = self.node.get('in_index')
         if index is None:
-            many = isinstance(self.node['in_channels'], list | tuple)
-            return list(range(count)) if many else [count - 1]
-        found = [i % count for i in (index if isinstance(index, list | tuple) else [index])]
-        return [0, *found] if 'c1_in_channels' in self.node else found
+            return list(range(count)) if self._takes_many() else [count - 1]
+        return [i % count for i in (index if isinstance(index, list | tuple) else [index])]
+
+    def _takes_many(self) -> bool:
+        return isinstance(self.node['in_channels'], list | tuple)
 
     def check(self, maps: list[Map]) -> None:
         """Raise :class:`UserError` if its channels are not those of the maps it reads."""
         given = self.node['in_channels']
-        many = isinstance(given, list | tuple)
-        index = self.node.get('in_index')
-        indices = range(len(maps)) if index is None and many else self.indices(len(maps))
-        if index is not None and 'c1_in_channels' in self.node:
-            indices = indices[1:]
-        expected = [maps[i].channels for i in indices]
-        if list(given if many else [given]) not in (expected, expected[::-1]):
+        expected = [maps[i].channels for i in self._indices_of_channels(len(maps))]
+        if list(given if self._takes_many() else [given]) not in (expected, expected[::-1]):
             raise UserError(
                 f'{self.key}.in_channels is {given}, and the maps that it reads have '
                 f'{expected} channels: what it reads is not clear. Change this config by '
@@ -120,27 +121,21 @@ class Reader:
         Returns:
             What was changed, a line each.
         """
-        node, places = self.node, {i: place for place, i in enumerate(new)}
-        before, index = node['in_channels'], node.get('in_index')
-        many = isinstance(before, list | tuple)
-        if index is None:
-            chosen = list(new) if many else [len(old) - 1]
-            if many and list(before) == [m.channels for m in old][::-1] != [
-                m.channels for m in old
-            ]:
-                chosen.reverse()
-        else:
-            listed = isinstance(index, list | tuple)
-            chosen = [i % len(old) for i in (index if listed else [index])]
-            moved = [places[i] for i in chosen]
-            if moved != chosen:
-                node['in_index'] = moved if listed else moved[0]
+        node, before, many = self.node, self.node['in_channels'], self._takes_many()
+        chosen = self._indices_of_channels(len(old))
         channels = [new[i].channels for i in chosen]
+        if many and list(before) != [old[i].channels for i in chosen]:
+            channels.reverse()  # from the deepest map on, as YOLOv3's neck
         node['in_channels'] = type(before)(channels) if many else channels[0]
         notes = [f'{self.key}.in_channels: {before} -> {node["in_channels"]}']
         if 'c1_in_channels' in node:
             node['c1_in_channels'] = new[0].channels
             notes.append(f'{self.key}.c1_in_channels: {new[0].channels}')
+        places = [list(new).index(i) for i in chosen]
+        if node.get('in_index') is not None and places != chosen:
+            listed = isinstance(node['in_index'], list | tuple)
+            node['in_index'] = places if listed else places[0]
+            notes.append(f'{self.key}.in_index: {node["in_index"]}')
         return notes + self._adapt_what_follows()
 
     def _adapt_what_follows(self) -> list[str]:
