@@ -15,6 +15,7 @@ with installed():
     from overlock_mm.config.swap import swap
     from overlock_mm.errors import UserError
 
+PACKAGES = Path(importlib.util.find_spec('mmengine').origin).parents[1]
 TOOLBOXES = dict(mmdet='MMDetection', mmseg='MMSegmentation')
 ARCH = dict(
     depths=(1, 1, 1, 1),
@@ -70,7 +71,8 @@ def outcome(toolbox: str, path: Path) -> tuple[bool, str]:
         try_model(cfg)
         return True, how
     except UserError as error:
-        return False, ' '.join(str(error).replace(str(path), path.name).split())
+        text = ' '.join(str(error).replace(str(path), path.name).split())
+        return False, text.replace(f'{PACKAGES}/', '')
 
 
 def check(toolbox: str, family: str, paths: list[Path]) -> tuple[str, str, str]:
