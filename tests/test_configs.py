@@ -13,12 +13,14 @@ from helpers import DETECTION as DETECTION_DEMO
 from helpers import ROOT, TINY
 from helpers import SEGMENTATION as SEGMENTATION_DEMO
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 
 from overlock_mm import OverLoCK
+from overlock_mm.config import load as load_module
 from overlock_mm.config.load import load_config
 from overlock_mm.datasets.demo import CLASSES, PALETTE
 from overlock_mm.errors import UserError
@@ -95,13 +97,15 @@ def test_recipe(path):
 
 
 def test_there_is_a_config_for_every_row():
-    """Four archs for UperNet and the cascade, two schedules for Mask R-CNN, two demos."""
+    """Four archs for UperNet and the cascade, two schedules for Mask R-CNN, and others."""
     assert {p.stem for p in CONFIGS} == {
         *(f'upernet_overlock_{a}' for a in NAMES),
         *(f'cascade_mask_rcnn_overlock_{a}' for a in NAMES),
         *(f'mask_rcnn_overlock_{a}_{s}' for a in NAMES for s in ('1x', '3x')),
         'upernet_overlock_xt_demo',
         'cascade_mask_rcnn_overlock_xt_demo',
+        'upernet_overlock_b_layer_decay',
+        'cascade_mask_rcnn_overlock_b_layer_decay',
     }
 
 
@@ -329,7 +333,7 @@ for task in ('segmentation', 'detection'):
     'base, words',
     [
         ('mmdet::_base_/default_runtime.py', ['MMDetection is not installed', 'pip']),
-        # where the onedl packages are installed
+        # where its package has another name than mmengine and this project know
         ('mmseg::_base_/default_runtime.py', ["'mmseg::...'", 'write the path']),
     ],
 )
@@ -338,6 +342,9 @@ def test_base_files_of_a_toolbox_that_is_not_found(tmp_path, monkeypatch, base, 
     path.write_text(f'_base_ = {base!r}\n')
     if base.startswith('mmdet'):
         monkeypatch.setitem(sys.modules, 'mmdet', None)  # as if it were not installed
+    else:
+        monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+        monkeypatch.setattr(load_module, '_find_packages', lambda: None)
     with pytest.raises(UserError) as error:
         load_config(path)
     assert all(word in str(error.value) for word in words)

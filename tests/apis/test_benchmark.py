@@ -129,6 +129,7 @@ def test_backbone_per_pixel(capsys):
     assert lines[-1].startswith('per pixel, ours') and 'ns/pixel' in lines[-2]
 
 
+@pytest.mark.slow
 def test_train_step():
     more = dict(layout='channels_last', with_cp=(0, 4), drop_path=0.1)
     options = TrainStepOptions(**TRAIN_STEP, **more)

@@ -25,8 +25,15 @@ CHANNELS = dict(
 
 
 @pytest.mark.parametrize('toolbox, scope', [('mmdet', 'mmdet.'), ('mmseg', '')])
-@pytest.mark.parametrize('arch', [TINY, 'timm/resnet18'], ids=['overlock', 'timm'])
-def test_it_trains_and_predicts(stock, toolbox, scope, arch, tmp_path):
+@pytest.mark.parametrize(
+    'arch',
+    [TINY, pytest.param('timm/resnet18', marks=pytest.mark.slow)],
+    ids=['overlock', 'timm'],
+)
+def test_it_trains_and_predicts(
+    demo_data, monkeypatch, stock, toolbox, scope, arch, tmp_path
+):
+    monkeypatch.chdir(demo_data)
     config = stock(toolbox, RESNET.format(scope, CHANNELS[toolbox]))
     out = str(tmp_path / 'new.py')
     write_swapped(str(config), out, arch, pretrained=False)

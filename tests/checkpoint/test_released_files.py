@@ -180,7 +180,10 @@ def test_imagenet_files(tmp_path, log, arch, form, key):
 
 @pytest.mark.parametrize(
     'name',
-    [pytest.param(n, marks=[pytest.mark.slow] if 'small' in n else []) for n in DENSE],
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if 'small' in n or '3x' in n else [])
+        for n in DENSE
+    ],
 )
 def test_detectors_and_segmentors(tmp_path, log, name):
     path = tmp_path / f'{name}.pth'

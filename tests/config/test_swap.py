@@ -289,7 +289,9 @@ def test_other_numbers_of_channels(tmp_path):
 @pytest.mark.parametrize(
     'path',
     [
-        'mmdet/retinanet/retinanet_r50_fpn_1x_coco.py',
+        pytest.param(
+            'mmdet/retinanet/retinanet_r50_fpn_1x_coco.py', marks=pytest.mark.slow
+        ),
         pytest.param('mmdet/solo/solo_r50_fpn_1x_coco.py', marks=pytest.mark.slow),
         'mmdet/soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
         'mmseg/segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
@@ -323,7 +325,7 @@ def without_scopes(node):
 
 
 @pytest.mark.parametrize('path', [MASK_RCNN, UPERNET, READERS[3][0], PSPNET])
-@pytest.mark.parametrize('arch', ['b', 'timm/resnet18'])
+@pytest.mark.parametrize('arch', ['xt', 'timm/resnet18'])
 def test_the_written_config(path, arch, tmp_path):
     out = tmp_path / 'new.py'
     options = dict(keep_strides=True, arch=arch)

@@ -268,7 +268,7 @@ def test_a_folded_model_is_for_inference():
     assert model.eval() is model
     with pytest.raises(RuntimeError, match='fold.. is for inference only'):
         model.train()
-    with pytest.raises(ValueError, match='no OverLoCK in this Conv2d'):
+    with pytest.raises(ValueError, match='no OverLoCK or ContMixBlock in this Conv2d'):
         fold(nn.Conv2d(1, 1, 1))
 
 

@@ -36,7 +36,7 @@ def cases(mode, smaller_than):
 
 
 @pytest.mark.parametrize(
-    'arch', ['xt', 't', pytest.param('s', marks=pytest.mark.slow), 'b']
+    'arch', ['xt', 't', *(pytest.param(a, marks=pytest.mark.slow) for a in 'sb')]
 )
 def test_dense_outputs_of_every_arch(arch):
     """Detection and segmentation differ in ``context_skip`` alone."""

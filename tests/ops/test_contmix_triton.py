@@ -180,6 +180,7 @@ def test_empty_batch(case):
         assert not grad.any()
 
 
+@pytest.mark.slow
 def test_deterministic():
     inputs = make_inputs((2, 1, 4, 4, 9, 5, (3,)))
     for a, b in zip(fused(*inputs), fused(*inputs), strict=True):

@@ -32,7 +32,13 @@ CASES = {
     '5, dilation 3': (1, 2, 7, 40, 5, 3),
     '1': (1, 3, 2, 3, 1, 1),
 }
-each_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+each_case = pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name == '17' else [])
+        for name, case in CASES.items()
+    ],
+)
 
 
 def make_inputs(case, dtype=torch.float32, weight_dtype=None, seed=0):
