@@ -40,6 +40,7 @@ IMAGENET = [
     for form in ('training', 'deploy')
     for arch, key in zip(NAMES, ('', 'state_dict', 'model', 'state_dict_ema'), strict=True)
 ]
+SLOW = [('s', 'training'), ('s', 'deploy'), ('b', 'deploy')]
 DENSE = [
     *(f'maskrcnn{s}_overlock_{NAMES[a]}_coco' for s in ('1x', '3x') for a in 'tsb'),
     *(f'upernet_overlock_{NAMES[a]}_ade20k' for a in 'tsb'),
@@ -144,7 +145,12 @@ def check_parity(model, case, name='out'):
 @pytest.mark.parametrize(
     'arch, form, key',
     [
-        pytest.param(*case, marks=[pytest.mark.slow] if case[0] == 's' else [])
+        pytest.param(
+            *case,
+            marks=[pytest.mark.slow]
+            if case[0] == 's' or case[:2] == ('b', 'deploy')
+            else [],
+        )
         for case in IMAGENET
     ],
     ids=lambda v: v or 'bare',
@@ -181,7 +187,7 @@ def test_imagenet_files(tmp_path, log, arch, form, key):
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(n, marks=[pytest.mark.slow] if 'small' in n or '3x' in n else [])
+        pytest.param(n, marks=[pytest.mark.slow] if 'tiny' not in n or '3x' in n else [])
         for n in DENSE
     ],
 )

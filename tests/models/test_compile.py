@@ -43,9 +43,8 @@ def test_compiled_training_step(with_cp):
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    'form', [pytest.param(FORMS['unfolded'], marks=pytest.mark.slow), fold], ids=FORMS
-)
+@pytest.mark.slow
+@each_form
 def test_exports_for_any_batch(form):
     """With images so small that the maps are enlarged for ContMix."""
     model = form(small().eval())

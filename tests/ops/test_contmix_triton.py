@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 CASES = {
     'height equals k': (2, 1, 3, 2, 3, 18, (3,)),
     'width equals k': (2, 1, 2, 5, 9, 5, (3, 5)),
-    'both equal k': (1, 1, 8, 8, 13, 13, (5, 13)),
+    'both equal k': (1, 1, 8, 8, 7, 7, (5, 7)),
     'stage 4': (1, 1, 10, 8, 8, 9, (5, 7)),
     'wider than a tile': (1, 1, 14, 10, 7, 17, (5, 7)),
     'last tile of one column': (1, 1, 8, 14, 5, 33, (5,)),

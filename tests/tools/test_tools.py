@@ -391,9 +391,9 @@ def test_swap_backbone(call, fails, tmp_path):
     assert '[32, 64, 160, 256] -> [56, 112, 340, 420]' in printed
     assert '_delete_=True' in printed and "type='OverLoCK'" in printed
     out = tmp_path / 'new.py'
-    more = ['--no-pretrained', '--drop-path-rate', '0.4', '--build', '--out', out]
+    more = ['--no-pretrained', '--drop-path-rate', '0.4', '--out', out]
     printed = call('swap_backbone.py', config, '--arch', 'xt', *more).out
-    assert 'one loss and one prediction' in printed and f'wrote {out}' in printed
+    assert f'wrote {out}' in printed
     backbone = Config.fromfile(out).model.backbone
     assert backbone == dict(type='OverLoCK', arch='xt', drop_path_rate=0.4)
     dilated = stock / 'pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py'
