@@ -110,15 +110,18 @@ def plot_curve(work_dir: str | Path) -> Path:
     axes.plot([r['step'] for r in train], [r['loss'] for r in train], color='tab:blue')
     axes.set(xlabel='iteration', ylim=(0, None))
     axes.set_ylabel('training loss', color='tab:blue')
-    metric = next(k for k in ('mIoU', 'coco/segm_mAP_50') if any(k in r for r in records))
-    scores = [(r['step'], r[metric]) for r in records if metric in r]
-    if metric.startswith('coco'):  # logged by epoch
-        per_epoch = max(r['step'] for r in train) / max(s for s, _ in scores)
-        scores = [(s * per_epoch, v) for s, v in scores]
-    right = axes.twinx()
-    right.plot(*zip(*scores, strict=True), 'o-', color='tab:orange')
-    right.set_ylim(0, None)
-    right.set_ylabel(f'validation {metric}', color='tab:orange')
+    for metric in ('mIoU', 'coco/segm_mAP_50'):
+        # nothing is logged where no object was found
+        scores = [(r['step'], r[metric]) for r in records if metric in r]
+        if not scores:
+            continue
+        if metric.startswith('coco'):  # logged by epoch
+            per_epoch = max(r['step'] for r in train) / max(s for s, _ in scores)
+            scores = [(s * per_epoch, v) for s, v in scores]
+        right = axes.twinx()
+        right.plot(*zip(*scores, strict=True), 'o-', color='tab:orange')
+        right.set_ylim(0, None)
+        right.set_ylabel(f'validation {metric}', color='tab:orange')
     path = Path(work_dir, 'curve.png')
     figure.savefig(path, dpi=150)
     return path
