@@ -68,11 +68,14 @@ def main():
         )
     else:
         for kind in ('bbox', 'segm'):
+            # nothing is logged where no object was found
+            (ap, ap50), before = (
+                [run.get(f'coco/{kind}_mAP{end}', 0.0) for end in ('', '_50')]
+                for run in (trained, untrained)
+            )
             print(
-                f'Validation {kind} AP: {trained[f"coco/{kind}_mAP"]:.3f}, AP50 '
-                f'{trained[f"coco/{kind}_mAP_50"]:.3f}   (untrained '
-                f'{untrained[f"coco/{kind}_mAP"]:.3f}, '
-                f'{untrained[f"coco/{kind}_mAP_50"]:.3f})'
+                f'Validation {kind} AP: {ap:.3f}, AP50 {ap50:.3f}   (untrained '
+                f'{before[0]:.3f}, {before[1]:.3f})'
             )
     for name, (first, last) in demo.losses_of(work_dir).items():
         print(f'{name}: {first:.3f} -> {last:.3f}')
