@@ -76,7 +76,7 @@ _base_ = {str(DETECTION)!r}
 model = dict(
     backbone=dict(arch=dict(_delete_=True, **{TINY})), neck=dict(in_channels={CHANNELS}),
     train_cfg=dict(rpn_proposal=dict(nms_pre=50, max_per_img=50)),
-    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20)))
+    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20), rcnn=dict(score_thr=0.0)))
 train_cfg = dict(max_epochs=1, val_interval=1)
 """)
     return folder
