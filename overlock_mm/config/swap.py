@@ -14,7 +14,13 @@ from ..archs import ARCHS, DENSE_DROP_PATH, STRIDES, settings_of
 from ..checkpoint import RELEASE
 from ..errors import UserError
 from ..models import OverLoCK, TimmBackbone
-from .edit import add_imports, class_of, is_pretrained, loading_options
+from .edit import (
+    add_imports,
+    class_of,
+    is_pretrained,
+    loading_options,
+    without_pretrained,
+)
 from .load import read_config, register_modules, toolbox_of
 from .maps import (
     CHANGED_CONVS,
@@ -51,7 +57,7 @@ def swap_backbone(
         cfg: the config of a detector or segmentor, or its path. It is left as it is.
         arch: an OverLoCK ('xt', 't', 's', 'b', or a dict of sizes), or ``'timm/NAME'`` for
             a model of timm that can return features.
-        pretrained: start from weights pretrained on ImageNet.
+        pretrained: start from weights pretrained on ImageNet, or as ``backbone`` says.
         drop_path_rate: stochastic depth rate; by default that of the released detection
             or segmentation models for an OverLoCK, and that of the model for others.
         backbone: the config of any registered backbone, in place of ``arch``.
@@ -93,9 +99,17 @@ def swap(
     if backbone is not None:
         new = ConfigDict(copy.deepcopy(backbone))
         new.update(backbone_options)
+        if not pretrained:
+            without_pretrained(new)
         if drop_path_rate is not None:
             new.drop_path_rate = drop_path_rate
     else:
+        chosen = {'out_indices', 'out_strides'} & set(backbone_options)
+        if chosen:
+            raise UserError(
+                f'{chosen.pop()} cannot be given: it follows from what reads the backbone. '
+                'Change the neck or head of the config first'
+            )
         new = _new_backbone(old, toolbox, arch, pretrained, drop_path_rate, notes)
         new.update(backbone_options)
     dropped = [option for option in CHANGED_CONVS if old.get(option)]
@@ -320,7 +334,6 @@ def _select_maps(
         wanted = {i: s for i, s in strides.items() if s in STRIDES}
         if cls is OverLoCK:
             indices = [STRIDES.index(s) for s in wanted.values()]
-            new.pop('out_indices', None)
             if indices != list(range(len(STRIDES))):
                 new.out_indices = tuple(indices)
         elif tuple(wanted.values()) != STRIDES or 'out_strides' in new:

@@ -67,6 +67,17 @@ class RepConvBlock(nn.Module):
         return self.ls(x) + self.proj(x)
 
 
+def _mlp(dim: int, hidden: int) -> nn.Sequential:
+    """MLP over the channels, with a depth-wise convolution and GRN between its layers."""
+    return nn.Sequential(
+        nn.Conv2d(dim, hidden, 1),
+        nn.GELU(),
+        ResDWConv(hidden),
+        GlobalResponseNorm(hidden),
+        nn.Conv2d(hidden, dim, 1),
+    )
+
+
 class DynamicConvBlock(ContMix):
     """Block of the Focus-Net: ContMix guided by the Overview-Net's context, then an MLP.
 
@@ -128,13 +139,7 @@ class DynamicConvBlock(ContMix):
 
         self.dwconv2 = ResDWConv(joint)
         self.norm2 = LayerNorm2d(joint)
-        self.mlp = nn.Sequential(
-            nn.Conv2d(joint, hidden, 1),
-            nn.GELU(),
-            ResDWConv(hidden),
-            GlobalResponseNorm(hidden),
-            nn.Conv2d(hidden, joint, 1),
-        )
+        self.mlp = _mlp(joint, hidden)
         self.ls1 = LayerScale(joint)
         self.ls2 = LayerScale(joint)
         self.drop_path = DropPath(drop_path)
@@ -233,13 +238,7 @@ class ContMixBlock(ContMix):
         self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, dim, 1))
         self.dwconv2 = ResDWConv(dim)
         self.norm2 = LayerNorm2d(dim)
-        self.mlp = nn.Sequential(
-            nn.Conv2d(dim, hidden, 1),
-            nn.GELU(),
-            ResDWConv(hidden),
-            GlobalResponseNorm(hidden),
-            nn.Conv2d(hidden, dim, 1),
-        )
+        self.mlp = _mlp(dim, hidden)
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
             for _ in range(2)

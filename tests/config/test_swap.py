@@ -197,6 +197,7 @@ def test_what_cannot_work(path, message, tmp_path):
         (dict(arch='timm/vit_tiny_patch16_224'), r'out_strides=\(4, 8, 16, 32\).*\[16\]'),
         (dict(arch='timm/none'), 'Unknown model'),
         (dict(no_such_option=1), 'no_such_option'),
+        (dict(out_indices=(0, 1)), 'out_indices cannot be given: it follows'),
         (dict(backbone=dict(type='ResNet', depth=18, strides=(1, 2, 2, 1))), 'out_indices'),
     ],
 )
@@ -248,6 +249,11 @@ def test_any_registered_backbone():
     swin = dict(type='SwinTransformer', depths=(1, 1, 1, 1), out_indices=(1, 2, 3))
     cfg, _ = swap(stock('mmdet/dino/dino-4scale_r50_8xb2-12e_coco.py'), backbone=swin)
     assert cfg.model.neck.in_channels == [192, 384, 768]
+    swin['init_cfg'] = dict(type='Pretrained', checkpoint='swin.pth')
+    dino = stock('mmdet/dino/dino-4scale_r50_8xb2-12e_coco.py')
+    assert swap(dino, backbone=swin)[0].model.backbone.init_cfg.checkpoint == 'swin.pth'
+    cfg, _ = swap(dino, backbone=swin, pretrained=False)
+    assert cfg.model.backbone.init_cfg is None and swin['init_cfg']
     assert cfg.model.data_preprocessor.mean == [123.675, 116.28, 103.53]
 
 
