@@ -1,7 +1,7 @@
 """Swap the backbone of one stock config of every family, and write a table of what works.
 
 Each model gets a very small OverLoCK, random weights, one loss and one prediction on the
-CPU. It takes about 20 minutes on one core.
+CPU. It takes up to an hour on one core.
 """
 
 import argparse
