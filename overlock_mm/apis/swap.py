@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from mmengine.structures import InstanceData, PixelData
@@ -88,10 +88,17 @@ def try_model(cfg: Config) -> None:
     node = Config(dict(model=node.to_dict())).model
     without_pretrained(node)
     if not node.get('data_preprocessor'):
-        node.data_preprocessor = dict(type='DetDataPreprocessor', pad_size_divisor=32)
+        node.data_preprocessor = (
+            dict(type='DetDataPreprocessor', pad_size_divisor=32)
+            if toolbox == 'mmdet'
+            else dict(type='SegDataPreProcessor', size=(64, 64))
+        )
     hub = MessageHub.get_current_instance()
     for key in ('iter', 'epoch', 'max_iters', 'max_epochs'):  # which some losses look up
         hub.update_info(key, 0 if key in ('iter', 'epoch') else 1)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')  # init_weights would list every weight
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -108,12 +115,14 @@ def try_model(cfg: Config) -> None:
                 raise FloatingPointError(f'the loss is {total.item()}')
             model.eval()
             with torch.no_grad():
-                model.test_step(make(model))
+                model.test_step(make(model, batch=1))  # some heads take no more
     except Exception as error:  # anything may go wrong in others' heads
         raise UserError(
             f'the model of the new config fails on random images: {type(error).__name__}: '
             f'{error}'
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _segmentation_batch(model, batch: int = 2, side: int = 64) -> dict:

@@ -304,12 +304,24 @@ def test_other_numbers_of_channels(tmp_path):
         'mmseg/fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py',
     ],
 )
-def test_families(path, tmp_path):
+def test_families(path, tmp_path, capsys):
     options = dict(pretrained=False, keep_strides='mmseg' in path)
     _, notes, out = write_swapped(
         str(stock(path)), str(tmp_path / 'new.py'), TINY, build=True, **options
     )
     assert out.exists() and notes[-1].startswith('built: one loss and one prediction')
+    assert 'NormalInit' not in capsys.readouterr().out
+
+
+def test_a_model_without_a_preprocessor(tmp_path):
+    path = tmp_path / 'a.py'
+    segformer = 'mmseg/segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
+    cfg = Config.fromfile(stock(segformer))
+    cfg.model.pop('data_preprocessor')
+    for key in ('data_preprocessor', 'optim_wrapper', 'default_hooks'):
+        cfg.pop(key)
+    cfg.dump(path)
+    try_model(swap(path, TINY)[0])
 
 
 def test_a_model_that_fails_is_not_written(tmp_path):
