@@ -1,12 +1,37 @@
 """Packaging; the settings of the development tools are in pyproject.toml."""
 
 import re
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r"'(.+)'", (ROOT / 'overlock_mm/version.py').read_text()).group(1)
+
+
+class BuildWithConfigs(build_py):
+    """Put the configs into overlock_mm/.mim, where mim and mmengine look for them.
+
+    An editable installation gets links to them.
+    """
+
+    def run(self):
+        super().run()
+        folder = Path('' if self.editable_mode else self.build_lib, 'overlock_mm/.mim')
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in ('configs', 'model-index.yml'):
+            source, target = (ROOT / name).resolve(), folder / name
+            if self.editable_mode:
+                with suppress(OSError):  # not every Windows user may make links
+                    target.symlink_to(source)
+            if not target.exists():
+                copy = shutil.copytree if source.is_dir() else shutil.copy
+                copy(source, target)
+
 
 setup(
     name='overlock_mm',
@@ -16,8 +41,17 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['overlock_mm', 'overlock_mm.*']),
+    cmdclass=dict(build_py=BuildWithConfigs),
+    entry_points=dict(console_scripts=['overlock = overlock_mm.cli:main']),
     python_requires='>=3.10',
-    install_requires=['torch>=2.1', 'timm>=1.0', 'filelock', 'tqdm'],
+    install_requires=[
+        'torch>=2.1',
+        'torchvision',
+        'timm>=1.0',
+        'numpy',
+        'filelock',
+        'tqdm',
+    ],
     # The two toolbox families own the same import names: install one of them. mmcv is
     # left to the user, because its ops must be compiled against the installed torch.
     extras_require={

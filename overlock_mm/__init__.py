@@ -1,7 +1,8 @@
 """OverLoCK, a ConvNet backbone for dense prediction, as an OpenMMLab plugin."""
 
-from .checkpoint import load_checkpoint
-from .models import ContMix, ContMixBlock, OverLoCK, fold, switch_to_deploy
+import sys
+from pathlib import Path
+
 from .version import __version__
 
 __all__ = [
@@ -14,6 +15,16 @@ __all__ = [
     'swap_backbone',
     'switch_to_deploy',
 ]
+# Set where only the command line runs, which explains it.
+import_error: Exception | None = None
+
+try:
+    from .checkpoint import load_checkpoint
+    from .models import ContMix, ContMixBlock, OverLoCK, fold, switch_to_deploy
+except Exception as error:  # libraries that do not fit each other raise what they like
+    if sys.argv[:1] != ['-m'] and Path(sys.argv[0]).stem != 'overlock':
+        raise
+    import_error = error
 
 
 def __getattr__(name: str):

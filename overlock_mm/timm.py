@@ -6,7 +6,6 @@
 
 from urllib.error import URLError
 
-from mmengine.logging import print_log
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -20,6 +19,7 @@ from .checkpoint import (
 )
 from .models.blocks import DynamicConvBlock, RepConvBlock
 from .models.classifier import AuxiliaryLoss, OverLoCKClassifier
+from .openmmlab import print_log
 
 __all__ = ['AuxiliaryLoss', 'OverLoCKClassifier']
 

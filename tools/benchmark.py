@@ -18,9 +18,9 @@ from _guard import installed
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 with installed():
-    from overlock_mm import cli
     from overlock_mm.apis import benchmark
     from overlock_mm.archs import ARCHS
+    from overlock_mm.cli import common as cli
     from overlock_mm.errors import UserError
     from overlock_mm.ops.contmix import BACKENDS
 

@@ -14,8 +14,8 @@ with installed('onedl,demo'):
     from mmengine.config import Config
     from mmengine.logging import MMLogger
 
-    from overlock_mm import cli
     from overlock_mm.apis import learning
+    from overlock_mm.cli import common as cli
     from overlock_mm.config.swap import swap
     from overlock_mm.datasets.demo import make_demo_data
 

@@ -1,7 +1,9 @@
-"""Create .venv with the pinned stack of requirements-dev.txt and this package.
+"""Create a virtual environment with a pinned stack and this package.
 
-Runs with any Python 3.11 to 3.13 and nothing else installed. mmcv's ops are compiled
-once for each version of mmcv, torch and Python, and kept in the user's cache folder.
+.venv is that of requirements-dev.txt; with the argument ``openmmlab``, .venv-openmmlab is
+that of requirements-openmmlab.txt. Runs with any Python 3.11 to 3.13 (OpenMMLab's own
+packages: 3.11) and nothing else installed. mmcv's ops are compiled once for each version
+of mmcv, torch and Python, and kept in the user's cache folder.
 """
 
 import fcntl
@@ -17,14 +19,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / '.venv'
+OPENMMLAB = sys.argv[1:] == ['openmmlab']
+VENV = ROOT / ('.venv-openmmlab' if OPENMMLAB else '.venv')
 PYTHON = VENV / 'bin' / 'python'
 READY = VENV / 'overlock_mm.ready'
-REQUIREMENTS = ROOT / 'requirements-dev.txt'
+REQUIREMENTS = ROOT / f'requirements-{"openmmlab" if OPENMMLAB else "dev"}.txt'
+LAST_PYTHON = (3, 11) if OPENMMLAB else (3, 13)  # torch 2.1.2 has no wheel for a later one
 CACHE = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'overlock_mm'
 # what mmcv is compiled with and against
-BUILD = ('torch', 'torchvision', 'numpy', 'setuptools', 'ninja', 'psutil')
-MMCV = 'onedl-mmcv'
+BUILD = ('torch', 'torchvision', 'numpy', 'setuptools', 'wheel', 'ninja', 'psutil')
+MMCV = 'mmcv' if OPENMMLAB else 'onedl-mmcv'
 GIB = 2**30
 NEEDED_GIB = 12
 NO_NETWORK = re.compile(
@@ -46,9 +50,10 @@ def main():
     ).hexdigest()
     if READY.exists() and READY.read_text() == stamp and PYTHON.exists():
         return
-    if not (3, 11) <= sys.version_info < (3, 14):
+    if not (3, 11) <= sys.version_info[:2] <= LAST_PYTHON:
+        needed = '3.11' if OPENMMLAB else '3.11 to 3.13'
         raise SetupError(
-            'Python 3.11 to 3.13 is needed, this is '
+            f'Python {needed} is needed, this is '
             f'{sys.version.split()[0]}; run make PYTHON=python3.11 ...'
         )
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -66,7 +71,7 @@ def install(pins):
     create_venv()
     check_disk(ROOT)
     say(f'Installing torch {pins["torch"]} (about 2 GB to download the first time)')
-    pip('install', *(f'{name}=={pins[name]}' for name in BUILD))
+    pip('install', *(f'{name}=={pins[name]}' for name in BUILD if name in pins))
     wheel = mmcv_wheel(pins)
     # by force: an environment may hold ops for another torch under the same version
     pip('install', '--force-reinstall', '--no-deps', wheel)
@@ -218,6 +223,8 @@ def say(text: str):
 
 
 if __name__ == '__main__':
+    if sys.argv[1:] and not OPENMMLAB:
+        sys.exit("error: the only argument is 'openmmlab'; leave it out for .venv")
     try:
         main()
     except SetupError as error:

@@ -1,67 +1,8 @@
-"""Top-1 and top-5 accuracy of a classifier on a folder of images."""
-
-import argparse
+"""Top-1 and top-5 accuracy of a classifier on a folder of images: `overlock validate`."""
 
 from _guard import installed
 
-with installed():
-    import timm
-
-    from overlock_mm import cli
-    from overlock_mm.apis.validate import validate
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'folder',
-        help='folder with one folder of images for each class, in the order of the '
-        'classes, or the folder that has this one as val',
-    )
-    parser.add_argument(
-        '--model', choices=timm.list_models('overlock*'), default='overlock_t'
-    )
-    parser.add_argument(
-        '--checkpoint',
-        help='file or URL of a classifier, in training or deploy form; of several sets of '
-        'weights the moving average is taken; default: the released weights, downloaded',
-    )
-    parser.add_argument(
-        '--trust', action='store_true', help='read the file even if that runs code in it'
-    )
-    parser.add_argument('--batch-size', type=_positive, default=64)
-    parser.add_argument('--workers', type=int, default=4)
-    parser.add_argument(
-        '--subset',
-        type=_positive,
-        metavar='N',
-        help='evaluate N images, spread evenly over the classes in order',
-    )
-    parser.add_argument('--device', help='default: cuda where there is one, else cpu')
-    parser.add_argument(
-        '--fold',
-        action='store_true',
-        help='evaluate the inference-only form (overlock_mm.fold): the same predictions '
-        'up to rounding, faster',
-    )
-    cli.add_debug_option(parser)
-    return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} must be at least 1')
-    return value
-
-
-def main():
-    args = parse_args()
-    if args.checkpoint:
-        cli.check_file(args.checkpoint, 'checkpoint')
-    print(validate(**vars(args)))
-
-
 if __name__ == '__main__':
-    with cli.plain_errors():
-        main()
+    with installed():
+        from overlock_mm.cli import main
+    main('validate')

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..archs import DILATED_BRANCHES
 from ..errors import CheckpointError
+from ..openmmlab import print_log
 from ..ops.reparam import branch_names, merge_branches
 from .files import read_weights
 from .kinds import form_of, is_deploy, shown, unwrap, unwrapped

@@ -17,8 +17,8 @@ from collections import OrderedDict, defaultdict
 
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict
-from mmengine.logging import HistoryBuffer
+
+from ..openmmlab import Config, ConfigDict, HistoryBuffer
 
 
 class Refused(Exception):

@@ -13,6 +13,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 
 from ..errors import UserError
+from ..openmmlab import CONFIGS
 from .edit import add_imports, expand_user, loading_options
 
 # name, and its packages in the two families that own the same import names
@@ -92,7 +93,8 @@ def load_config(config: str | Path, options: dict | None = None):
     """Read a config, override keys of it, and check that what it needs is installed.
 
     Args:
-        config: path of a config of MMDetection or MMSegmentation.
+        config: path of a config of MMDetection or MMSegmentation; one of this package also
+            as ``'overlock_mm::segmentation/upernet_overlock_t.py'``.
         options: values by key, as ``{'train_dataloader.batch_size': 4}``.
 
     Returns:
@@ -116,11 +118,12 @@ def load_config(config: str | Path, options: dict | None = None):
 
 
 def _check_path(config: str | Path) -> Path:
-    path = Path(config)
+    package, mark, name = str(config).partition('::')
+    path = CONFIGS / name if mark and package == 'overlock_mm' else Path(config)
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'
-        raise UserError(f'config {path} does not exist; {hint}')
+        raise UserError(f'config {config} does not exist; {hint}')
     if path.suffix not in ('.py', '.yml', '.yaml', '.json'):
         raise UserError(f'{path} is not a config; configs end in .py, .yml, .yaml or .json')
     return path

@@ -1,1 +1,5 @@
-"""Data sets that the package makes itself."""
+"""Demo scenes, a look at other people's data, and transforms that read it."""
+
+from .transforms import ChannelsLast, MapLabels, Standardize
+
+__all__ = ['ChannelsLast', 'MapLabels', 'Standardize']

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from mmengine.registry import MODELS
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
+from ..openmmlab import MODELS
 from .contmix import ContMix
 from .layers import (
     DilatedReparamBlock,

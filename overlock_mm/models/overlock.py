@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from mmengine.model import BaseModule
-from mmengine.model.weight_init import PretrainedInit, update_init_info
-from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +18,13 @@ from ..archs import (
 )
 from ..checkpoint import load_checkpoint
 from ..errors import CheckpointError
+from ..openmmlab import (
+    MODELS,
+    WEIGHT_INITIALIZERS,
+    BaseModule,
+    PretrainedInit,
+    update_init_info,
+)
 from .blocks import DynamicConvBlock, RepConvBlock
 from .layers import (
     LayerScale,

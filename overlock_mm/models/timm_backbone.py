@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import timm
-from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..archs import STRIDES
+from ..openmmlab import MODELS, BaseModule
 from .layers import contiguous_as
 
 

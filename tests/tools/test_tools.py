@@ -285,7 +285,7 @@ def test_a_file_that_must_be_trusted(configs, call, fails, demo_data):
         ),
         (
             'segmentation/upernet_overlock_xt_demo.py',
-            ['data/demo/images/training does not exist', 'make_demo_data.py'],
+            ['data/demo/images/training does not exist', 'overlock demo-data'],
         ),
     ],
 )

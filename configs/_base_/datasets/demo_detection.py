@@ -1,10 +1,10 @@
-# The demo scenes (tools/make_demo_data.py) as an instance segmentation data set.
+# The demo scenes (overlock demo-data) as an instance segmentation data set.
 _base_ = './coco_instance.py'
 
 from overlock_mm.datasets import demo  # noqa: E402  (mmengine wants _base_ first)
 
 data_root = 'data/demo/'
-data_source = 'demo data: run python tools/make_demo_data.py'
+data_source = 'demo data: run overlock demo-data'
 metainfo = dict(classes=demo.CLASSES[1:], palette=list(demo.PALETTE[1:]))
 train_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,10 +1,10 @@
-# The demo scenes (tools/make_demo_data.py) as a segmentation data set.
+# The demo scenes (overlock demo-data) as a segmentation data set.
 _base_ = './ade20k.py'
 
 from overlock_mm.datasets import demo  # noqa: E402  (mmengine wants _base_ first)
 
 data_root = 'data/demo/'
-data_source = 'demo data: run python tools/make_demo_data.py'
+data_source = 'demo data: run overlock demo-data'
 metainfo = dict(classes=demo.CLASSES, palette=list(demo.PALETTE))
 crop_size = (160, 160)
 train_pipeline = [

@@ -7,19 +7,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .apis.files import check_file, check_output
-from .apis.messages import rank
-from .errors import CheckpointError, UserError
-
-__all__ = [
-    'UserError',
-    'add_config_options',
-    'add_debug_option',
-    'add_run_arguments',
-    'check_file',
-    'check_output',
-    'plain_errors',
-]
+from ..apis.messages import rank
+from ..errors import CheckpointError, UserError
 
 _DEBUG = 'OVERLOCK_MM_DEBUG'
 
@@ -97,7 +86,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='do not check the data set and classes before the run',
     )
-    add_debug_option(parser)
 
 
 def _local_rank(value: str) -> str:

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from overlock_mm import cli
-from overlock_mm.errors import CheckpointError
+from overlock_mm.apis.files import check_file, check_output
+from overlock_mm.cli import common as cli
+from overlock_mm.errors import CheckpointError, UserError
 
 
 def failed(capsys, error):
@@ -16,7 +17,7 @@ def failed(capsys, error):
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize('kind', [cli.UserError, CheckpointError])
+@pytest.mark.parametrize('kind', [UserError, CheckpointError])
 def test_errors_are_one_line(capsys, kind):
     assert failed(capsys, kind('give a file')) == 'error: give a file\n'
 
@@ -24,10 +25,10 @@ def test_errors_are_one_line(capsys, kind):
 @pytest.mark.parametrize('name', ['RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'])
 def test_every_process_says_why_it_ends(monkeypatch, capsys, name):
     monkeypatch.setenv(name, '3')
-    error = failed(capsys, cli.UserError('give a file'))
+    error = failed(capsys, UserError('give a file'))
     assert error == 'error (rank 3): give a file\n'
     monkeypatch.setenv(name, '0')
-    assert failed(capsys, cli.UserError('give a file')) == 'error: give a file\n'
+    assert failed(capsys, UserError('give a file')) == 'error: give a file\n'
 
 
 @pytest.mark.parametrize('how', ['option', 'environment'])
@@ -39,7 +40,7 @@ def test_debug(monkeypatch, capsys, how):
         assert vars(parser.parse_args(['--debug'])) == {}
     else:
         monkeypatch.setenv('OVERLOCK_MM_DEBUG', '1')
-    error = failed(capsys, cli.UserError('give a file'))
+    error = failed(capsys, UserError('give a file'))
     assert 'Traceback' in error and 'in failed' in error
     assert error.endswith('\nerror: give a file\n')
 
@@ -64,21 +65,21 @@ def test_the_rank_of_older_launchers(monkeypatch, given):
 
 def test_files_to_read(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    with pytest.raises(cli.UserError, match='checkpoint ~/w.pth does not exist; give'):
-        cli.check_file('~/w.pth', 'checkpoint')
+    with pytest.raises(UserError, match='checkpoint ~/w.pth does not exist; give'):
+        check_file('~/w.pth', 'checkpoint')
     (tmp_path / 'w.pth').touch()
-    assert cli.check_file('~/w.pth', 'checkpoint') == str(tmp_path / 'w.pth')
+    assert check_file('~/w.pth', 'checkpoint') == str(tmp_path / 'w.pth')
     url = 'https://x.org/w.pth'
-    assert cli.check_file(url, 'checkpoint') == url
+    assert check_file(url, 'checkpoint') == url
 
 
 def test_files_to_write(tmp_path):
     out = tmp_path / 'w.pth'
-    assert cli.check_output(out, ['.pth'], False) == out
+    assert check_output(out, ['.pth'], False) == out
     for path in (tmp_path / 'w.bin', tmp_path / 'none' / 'w.pth'):
-        with pytest.raises(cli.UserError, match='must end in .pth or .safetensors and'):
-            cli.check_output(path, ['.pth', '.safetensors'], False)
+        with pytest.raises(UserError, match='must end in .pth or .safetensors and'):
+            check_output(path, ['.pth', '.safetensors'], False)
     out.touch()
-    with pytest.raises(cli.UserError, match='w.pth exists; give another name, or --force'):
-        cli.check_output(out, ['.pth'], False)
-    assert cli.check_output(out, ['.pth'], True) == out
+    with pytest.raises(UserError, match='w.pth exists; give another name, or --force'):
+        check_output(out, ['.pth'], False)
+    assert check_output(out, ['.pth'], True) == out
