@@ -602,7 +602,7 @@ def _cores(cgroup: Path = Path('/sys/fs/cgroup')) -> int:
         with suppress(OSError, ValueError):  # of the other version; or 'max', no quota
             texts = [(cgroup / name).read_text() for name in names]
             quota, period = map(int, ' '.join(texts).split())
-            cores = min(cores, max(1, math.ceil(quota / period))) if quota > 0 else cores
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
 
 

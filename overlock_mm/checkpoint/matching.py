@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..archs import DILATED_BRANCHES
@@ -112,6 +113,9 @@ def fit(
         report.skipped['parts around the backbone'] = selected.others
     whole = at != '' and not selected.bare
     report.kept, own = _split(own, _only_in_model(state, at, whole))
+    first = f'{at}patch_embed1.0.weight'
+    if not whole and not first.startswith(options.ignore_mismatched):
+        state = _adapt_channels(report, state, own, first)
     _compare(report, state, own, options.ignore_mismatched)
     if whole:
         report.dataset_meta = dataset_meta_of(content)
@@ -223,6 +227,19 @@ def _compare(report: LoadReport, state, own, ignore_mismatched) -> None:
             shapes = f'file {tuple(state[name].shape)}, model {tuple(tensor.shape)}'
             report.mismatched.append(f'{name} ({shapes})')
     report.unexpected = [name for name in state if name not in own]
+
+
+def _adapt_channels(
+    report: LoadReport, state: dict[str, Tensor], own: dict[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """Adapt the first convolution of an RGB image to other channels, as timm does."""
+    if name not in state or name not in own:
+        return state
+    theirs, ours = state[name], own[name]
+    if theirs.shape[1] != 3 or ours.shape[1] == 3 or theirs.shape[2:] != ours.shape[2:]:
+        return state
+    report.adapted[ours.shape[1]] = [name]
+    return {**state, name: adapt_input_conv(ours.shape[1], theirs)}
 
 
 def _merge(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -69,6 +69,7 @@ class LoadReport:
     file: Kind
     model: Kind
     loaded: list[str] = field(default_factory=list)
+    adapted: dict[int, list[str]] = field(default_factory=dict)  # by channels of the image
     # keys that only the file or only the model has, by the reason why that is right
     skipped: dict[str, list[str]] = field(default_factory=dict)
     kept: dict[str, list[str]] = field(default_factory=dict)
@@ -86,6 +87,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         rows = [('loaded', self.loaded)]
+        rows += [
+            (f'of them adapted from 3 to {n} channels', k) for n, k in self.adapted.items()
+        ]
         rows += [(f'only in the file, skipped: {w}', k) for w, k in self.skipped.items()]
         rows += [(f'only in the model, kept: {w}', k) for w, k in self.kept.items()]
         rows += [

@@ -61,6 +61,8 @@ def find_classes(
         found: facts and problems go here.
     """
     tally = _Tally(maps)
+    if not tally.pixels:  # reported elsewhere
+        return Classes()
     colors = [value for value in tally.pixels if isinstance(value, tuple)]
     if colors and len(colors) < len(tally.pixels):
         index = next(value for value in tally.pixels if value not in colors)

@@ -110,7 +110,8 @@ def survey_detection(
         path = next(i.path for i, size in zip(looks, sizes, strict=True) if size is None)
         found.problems.append(
             Problem(
-                f'{sizes.count(None)} images have no width and height, such as {path.name}',
+                f'images without width and height: {sizes.count(None)}, the first: '
+                f'{path.name}',
                 'Add them',
                 'take those of the files',
             )
@@ -122,6 +123,9 @@ def survey_detection(
         start += len(own.looks)
         if left_out:
             _leave_out(own, left_out)
+        if not own.looks and fix:
+            text = f'{own.path}: no image is left'
+            found.problems.append(Problem(text, 'Replace the files named above'))
     names = _classes(sets, classes, found)
     has_masks = _check_masks(sets, names, boxes_only, found)
     _describe(sets, names, has_masks, found)
@@ -175,7 +179,7 @@ class _Checks:
 
     def _report(self, bad, part: str, what: str, advice: str, fix: str) -> None:
         first = {k: v for k, v in bad[0].items() if k != 'segmentation'}
-        text = f'{len(bad)} {part} {what}, the first: {_shown(first)}'
+        text = f'{part} {what}: {len(bad)}, the first: {_shown(first)}'
         self.found.problems.append(Problem(f'{self.path}: {text}', advice, fix))
 
 
@@ -196,8 +200,8 @@ def _check(path: Path, content: dict, found: Findings) -> None:
             if double:
                 found.problems.append(
                     Problem(
-                        f'{path}: {len(double)} values of {key!r} are missing or stand '
-                        f'twice in {part}, the first: {double[0]!r}',
+                        f'{path}: values of {key!r} of {part} that are missing or stand '
+                        f'twice: {len(double)}, the first: {double[0]!r}',
                         f'Give each its own {key}',
                     )
                 )
@@ -206,17 +210,20 @@ def _check(path: Path, content: dict, found: Findings) -> None:
     checks.drop(
         'annotations',
         lambda a: a.get('category_id') not in categories,
-        f'have a category_id that is not in {listed(sorted(categories, key=str))}',
+        f'with a category_id that is not in {listed(sorted(categories, key=str))}',
         'Add the categories',
     )
     checks.drop(
         'annotations',
         lambda a: a.get('image_id') not in images,
-        'are of an image that is not listed',
+        'of an image that is not listed',
         'Add the images',
     )
     checks.drop(
-        'annotations', lambda a: not _is_box(a.get('bbox')), 'have no usable bbox', 'Add it'
+        'annotations',
+        lambda a: not _is_box(a.get('bbox')),
+        'without a usable bbox',
+        'Add it',
     )
     _check_boxes(checks, images)
     ids = Counter(a.get('id') for a in content['annotations'])
@@ -226,7 +233,7 @@ def _check(path: Path, content: dict, found: Findings) -> None:
             'annotations',
             lambda a: ids[a.get('id')] > 1 or a.get('id') is None,
             lambda a: None,
-            'have no id of their own',
+            'without an id of their own',
             'Give each its own',
             'number all anew',
         )
@@ -236,7 +243,7 @@ def _check(path: Path, content: dict, found: Findings) -> None:
         'annotations',
         lambda a: not isinstance(a.get('area'), int | float) or a['area'] <= 0,
         lambda a: a.update(area=a['bbox'][2] * a['bbox'][3]),
-        'have no area above 0',
+        'without an area above 0',
         'Correct it',
         'take the area of the box',
     )
@@ -244,7 +251,7 @@ def _check(path: Path, content: dict, found: Findings) -> None:
         'annotations',
         lambda a: a.get('segmentation') and not _is_mask(a['segmentation']),
         lambda a: a.update(segmentation=[_outline(a['bbox'])]),
-        'have a polygon of fewer than 3 points',
+        'with a polygon of fewer than 3 points',
         'Correct them',
         'take the outline of the box',
     )
@@ -252,7 +259,7 @@ def _check(path: Path, content: dict, found: Findings) -> None:
         'annotations',
         lambda a: a.get('iscrowd') not in (0, 1),
         lambda a: a.update(iscrowd=0),
-        'have no iscrowd, which the evaluation needs',
+        'without iscrowd, which the evaluation needs',
         'Add iscrowd 0',
         'add it',
     )
@@ -303,21 +310,21 @@ def _check_boxes(checks: _Checks, images: dict) -> None:
     checks.drop(
         'annotations',
         lambda a: min(a['bbox'][2:]) < 1,
-        'have a box less than 1 pixel wide or high',
+        'with a box less than 1 pixel wide or high',
         'Correct them',
     )
     checks.drop(
         'annotations',
         lambda a: min(sides(a)) < 1,
-        'have a box outside of their image',
+        'with a box outside of their image',
         'Correct them',
     )
     if outside:
         share = len(outside) / len(boxes)
         hint = '; is bbox left, top, right, bottom?' * (share > 0.2)
         checks.found.warnings.append(
-            f'{checks.path}: {len(outside)} boxes reach out of their image and are cut '
-            f'off, the first: {_shown(outside[0])}{hint}'
+            f'{checks.path}: boxes that reach out of their image, and are cut off: '
+            f'{len(outside)}, the first: {_shown(outside[0])}{hint}'
         )
 
 
@@ -371,8 +378,8 @@ def _check_masks(sets: list[CocoSet], names, boxes_only: bool, found: Findings) 
     if without:
         found.problems.append(
             Problem(
-                f'{len(without)} of {len(annotations)} annotations have no mask '
-                f'(segmentation), the first: {_shown(without[0])}',
+                f'annotations without a mask (segmentation): {len(without)} of '
+                f'{len(annotations)}, the first: {_shown(without[0])}',
                 'Add the masks, or give --boxes-only',
                 'train boxes only',
             )
@@ -398,8 +405,8 @@ def _describe(sets: list[CocoSet], names, has_masks: bool, found: Findings) -> N
         count = len(own.content['images'])
         if empty:
             found.warnings.append(
-                f'{empty} of {count} images in {own.path} have no objects: they are left '
-                'out of training (filter_cfg)'
+                f'{own.path}: images without objects, which training leaves out '
+                f'(filter_cfg): {empty} of {count}'
             )
         if empty == count:
             found.problems.append(

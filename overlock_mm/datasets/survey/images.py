@@ -249,7 +249,7 @@ def check_images(images: list[Image], labelled_sizes: list, found: Findings) -> 
         first = images[min(bad)]
         found.problems.append(
             Problem(
-                f'{len(bad)} of {len(images)} images cannot be read, the first: '
+                f'images that cannot be read: {len(bad)} of {len(images)}, the first: '
                 f'{first.path} ({first.error})',
                 'Replace them',
                 'leave them out',
@@ -266,9 +266,8 @@ def check_images(images: list[Image], labelled_sizes: list, found: Findings) -> 
         odd = next(image for image in good if image.layout != layout)
         found.problems.append(
             Problem(
-                f'{layouts[layout]} images have {layout}, and '
-                f'{len(good) - layouts[layout]} others, the first: {odd.path} '
-                f'({odd.layout})',
+                f'images that do not have {layout}, as most do: '
+                f'{len(good) - layouts[layout]}, the first: {odd.path} ({odd.layout})',
                 'Convert them to one layout',
             )
         )
@@ -293,26 +292,26 @@ def _describe_images(images: list[Image], found: Findings) -> None:
     text = ', '.join(f'{n} images with {layout}' for layout, n in layouts.most_common())
     found.facts.append(('  channels', text))
     for modes, what in (
-        (('L', '1', 'LA'), 'are grey, and are loaded as three equal channels'),
-        (('RGBA', 'PA'), 'have an alpha channel, which is dropped'),
-        (('CMYK',), 'are CMYK, and are loaded as RGB'),
+        (('L', '1', 'LA'), 'grey images, which are loaded as three equal channels'),
+        (('RGBA', 'PA'), 'images with an alpha channel, which is dropped'),
+        (('CMYK',), 'CMYK images, which are loaded as RGB'),
     ):
         own = [i for i in images if i.mode in modes and i.layout.is_common]
         if own:
             found.warnings.append(
-                f'{len(own)} of {len(images)} images {what}, the first: {own[0].path}'
+                f'{what}: {len(own)} of {len(images)}, the first: {own[0].path}'
             )
     holes = [image for image in images if image.has_holes]
     if holes:
         found.warnings.append(
-            f'{len(holes)} images hold values that are not finite, the first: '
-            f'{holes[0].path}; they become the mean'
+            f'images with values that are not finite: {len(holes)}, the first: '
+            f'{holes[0].path}; these become the mean'
         )
     tiny = [image for image in images if min(image.size) < 32]
     if tiny:
         w, h = tiny[0].size
         found.warnings.append(
-            f'{len(tiny)} images have a side below 32 pixels, the first: {tiny[0].path} '
+            f'images with a side below 32 pixels: {len(tiny)}, the first: {tiny[0].path} '
             f'({w}x{h}); they are enlarged'
         )
 
@@ -332,7 +331,7 @@ def _check_sizes(images, readable, labelled_sizes, loading, found: Findings) -> 
         image, (w, h) = images[wrong[0]], labelled_sizes[wrong[0]]
         found.problems.append(
             Problem(
-                f'{len(wrong)} images have another size than their labels, the first: '
+                f'images of another size than their labels: {len(wrong)}, the first: '
                 f'{image.path} is {"x".join(map(str, image.shown_size))}, its labels are '
                 f'{w}x{h}',
                 'Replace the image or the labels',
@@ -343,8 +342,8 @@ def _check_sizes(images, readable, labelled_sizes, loading, found: Findings) -> 
         loading['ignore_orientation'] = True
         found.problems.append(
             Problem(
-                f'{len(stored)} images are turned by their EXIF tag when they are loaded, '
-                f'and their labels are not, the first: {stored[0].path} (orientation '
+                'images that are turned by their EXIF tag when they are loaded, and whose '
+                f'labels are not: {len(stored)}, the first: {stored[0].path} (orientation '
                 f'{stored[0].orientation})',
                 'Save them without the tag',
                 'load all images as they are stored',
@@ -365,9 +364,9 @@ def _check_sizes(images, readable, labelled_sizes, loading, found: Findings) -> 
     ]
     if unclear:
         found.warnings.append(
-            f'{len(unclear)} images have an EXIF orientation, the first: {unclear[0].path} '
-            f'({unclear[0].orientation}). They are turned when they are loaded: labels '
-            'must be of the turned image'
+            f'images with an EXIF orientation: {len(unclear)}, the first: '
+            f'{unclear[0].path} ({unclear[0].orientation}). They are turned when they are '
+            'loaded: labels must be of the turned image'
         )
     return set(wrong)
 

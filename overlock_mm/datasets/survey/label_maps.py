@@ -192,7 +192,7 @@ def pair_files(
     extra = [p for p in mask_files if p not in taken and p not in image_files]
     if extra:
         found.warnings.append(
-            f'{len(extra)} label maps have no image and are not used, the first: {extra[0]}'
+            f'label maps without an image: {len(extra)}, the first: {extra[0]}'
         )
     return pairs
 
@@ -226,7 +226,7 @@ def _report_pairs(images, pairs, missing, double, others, found: Findings) -> No
     if missing:
         found.problems.append(
             Problem(
-                f'{len(missing)} images have no label map, the first: {missing[0]}',
+                f'images without a label map: {len(missing)}, the first: {missing[0]}',
                 'Add the label maps',
                 'leave them out',
             )
@@ -234,7 +234,7 @@ def _report_pairs(images, pairs, missing, double, others, found: Findings) -> No
     if double:
         found.problems.append(
             Problem(
-                f'{len(double)} names stand for several files, the first: '
+                f'names that stand for several files: {len(double)}, the first: '
                 f'{listed(double[0])}',
                 'Remove all but one image and one label map of each, or set --image-suffix '
                 'and --mask-suffix',
@@ -299,6 +299,9 @@ def survey_segmentation(
         own.classes_of = [{index[v] for v in part[i].pixels if v in index} for i in kept]
         own.pairs, own.looks = [own.pairs[i] for i in kept], [own.looks[i] for i in kept]
         start += len(part)
+        if not kept and fix:
+            text = f'no image in {own.images} is left'
+            found.problems.append(Problem(text, 'Replace the files named above'))
     looks = [image for own in sets for image in own.looks]
     size = median_size([i.shown_size for i in looks]) if looks else (0, 0)
     return Segmentation(sets, loading, found_classes, size), found
@@ -310,7 +313,7 @@ def _check_files(maps: list[LabelMap], found: Findings) -> set[int]:
         first = maps[min(bad)]
         found.problems.append(
             Problem(
-                f'{len(bad)} label maps cannot be used, the first: {first.path} '
+                f'label maps that cannot be used: {len(bad)}, the first: {first.path} '
                 f'{first.error}',
                 'Replace them: one channel that holds the index of the class at each pixel',
                 'leave them and their images out' if len(bad) < len(maps) else '',
@@ -320,8 +323,8 @@ def _check_files(maps: list[LabelMap], found: Findings) -> set[int]:
     if lossy:
         found.problems.append(
             Problem(
-                f'{len(lossy)} label maps are compressed with losses, so that labels along '
-                f'edges are wrong, the first: {lossy[0]}',
+                'label maps that are compressed with losses, so that edges are wrong: '
+                f'{len(lossy)}, the first: {lossy[0]}',
                 'Export the labels again, as PNG',
             )
         )

@@ -1,0 +1,523 @@
+"""The look at a data set: what it finds in tidy and in messy folders."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from overlock_mm.datasets.survey.classes import make_palette, read_classes
+from overlock_mm.datasets.survey.coco import survey_detection
+from overlock_mm.datasets.survey.images import Layout, look_at_image, mean_and_std, split
+from overlock_mm.datasets.survey.label_maps import survey_segmentation
+from overlock_mm.errors import UserError
+
+SIZE = (40, 48)  # height and width
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.tif':
+        tifffile.imwrite(path, array, **options)
+    elif array.dtype == np.uint16:
+        cv2.imwrite(str(path), array)
+    else:
+        Image.fromarray(array).save(path, **options)
+
+
+def photo(size=SIZE, channels=3, dtype=np.uint8, seed=0):
+    high = np.iinfo(dtype).max
+    shape = (*size, channels) if channels > 1 else size
+    return np.random.default_rng(seed).integers(0, high, shape, dtype)
+
+
+def labels(*values, size=SIZE):
+    """A label map that has all of the values."""
+    found = np.full(size, values[0], np.uint8)
+    for i, value in enumerate(values[1:], 1):
+        found[4 * i : 4 * i + 4] = value
+    return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three images with label maps of the classes 0, 1 and 2."""
+    for i in range(3):
+        save(tmp_path / f'images/{i}.png', photo(seed=i))
+        save(tmp_path / f'masks/{i}.png', labels(0, 1, 2))
+    return tmp_path
+
+
+def look(folder, **options):
+    return survey_segmentation([(folder / 'images', folder / 'masks')], **options)
+
+
+def problems(folder, **options):
+    """What is wrong, a text each, with what --fix does."""
+    _, found = look(folder, **options)
+    return [f'{p.text} | {p.fix}' for p in found.problems]
+
+
+def test_a_tidy_folder(data):
+    found, findings = look(data)
+    assert not findings.problems and not findings.warnings
+    assert found.classes.names == ['class_0', 'class_1', 'class_2']
+    assert found.classes.values == [0, 1, 2] and found.size == (48, 40)
+    assert found.loading['layout'] == Layout() and len(found.sets[0].pairs) == 3
+    facts = findings.report(fix=False)
+    assert '3 with label maps' in facts and '48x40 (median)' in facts
+    assert 'class_2 (2): 10.00% of the pixels, 3 images' in facts
+
+
+@pytest.mark.parametrize(
+    'values, options, text, names, kept',
+    [
+        # an object as 255, which is usually ignored
+        ((0, 255), {}, 'values 0, 255 are not 0 to 1', ['class_0', 'class_255'], [0, 255]),
+        ((0, 50, 100), {}, 'values 0, 50, 100 are not 0 to 2', None, [0, 50, 100]),
+        ((1, 2), {}, 'values 1, 2 are not 0 to 1', None, [1, 2]),
+        (
+            (0, 1, 7, 9),
+            dict(classes=[('a', None), ('b', None)]),
+            '7, 9 of no class (7 is in',
+            ['a', 'b'],
+            [0, 1],
+        ),
+        # as many values as names
+        ((3, 5), dict(classes=[('a', None), ('b', None)]), '3, 5 of no', None, [3, 5]),
+        (
+            (0, 1, 7),
+            dict(classes=[('a', 0), ('b', 1)]),
+            'label value 7 of no class',
+            ['a', 'b'],
+            [0, 1],
+        ),
+    ],
+)
+def test_label_values(data, values, options, text, names, kept):
+    save(data / 'masks/1.png', labels(*values))
+    for i in (0, 2):
+        save(data / f'masks/{i}.png', labels(*values[:2]))
+    (problem,) = problems(data, **options)
+    assert text in problem and 'masks/' in problem and not problem.endswith('| ')
+    found, _ = look(data, fix=True, **options)
+    assert found.classes.values == kept
+    assert found.classes.names == (names or found.classes.names)
+
+
+@pytest.mark.parametrize(
+    'values, options, names, kept',
+    [
+        ((0, 1, 255), {}, ['class_0', 'class_1'], [0, 1]),
+        ((0, 1, 2), dict(ignore=(0,)), None, [1, 2]),
+        ((0, 1), dict(classes=[('a', None), ('b', None), ('c', None)]), None, [0, 1, 2]),
+        ((0, 1, 2), dict(ignore=(0,), classes=[('a', None), ('b', None)]), None, [1, 2]),
+        ((7, 30), dict(classes=[('a', 30), ('b', 7)]), ['a', 'b'], [30, 7]),
+    ],
+)
+def test_label_values_that_are_right(data, values, options, names, kept):
+    for i in range(3):
+        save(data / f'masks/{i}.png', labels(*values))
+    found, findings = look(data, fix=(0 in options.get('ignore', ())), **options)
+    assert [p for p in findings.problems if not p.fix] == []
+    assert found.classes.values == kept
+    assert found.classes.names == (names or found.classes.names)
+
+
+def test_colours(data):
+    colors = np.array([(0, 0, 0), (128, 64, 128), (0, 0, 142)], np.uint8)
+    for i in range(3):
+        save(data / f'masks/{i}.png', colors[labels(0, 1, 2)])
+    (problem,) = problems(data)
+    assert 'colours (0, 0, 0), (0, 0, 142), (128, 64, 128) are not 0 to 2' in problem
+    found, _ = look(data, fix=True)
+    assert found.classes.names == ['color_000000', 'color_00008e', 'color_804080']
+    assert found.classes.palette == found.classes.values
+    (problem,) = problems(data, classes=[('a', None), ('b', None), ('c', None)], fix=True)
+    assert 'and the classes have none | ' in problem
+    given = [('void', (0, 0, 0)), ('road', (128, 64, 128)), ('car', (0, 0, 142))]
+    found, findings = look(data, classes=given)
+    assert not findings.problems and found.classes.names == ['void', 'road', 'car']
+    save(data / 'masks/1.png', labels(0, 1, 2))
+    assert 'some label maps hold colours' in problems(data)[0]
+    save(data / 'masks/1.png', photo())
+    assert '1.png has 1920 colours' in problems(data)[0]
+
+
+def test_a_palette_of_the_files_is_kept(data):
+    for i in range(3):
+        image = Image.fromarray(labels(0, 1, 2)).convert('P')
+        image.putpalette([0, 0, 0, 10, 20, 30, 40, 50, 60])
+        image.save(data / f'masks/{i}.png')
+    found, _ = look(data)
+    assert found.classes.palette == [(0, 0, 0), (10, 20, 30), (40, 50, 60)]
+    assert len(set(make_palette(100))) == 100
+
+
+def test_files_that_cannot_be_used(data):
+    (data / 'images/0.png').write_bytes((data / 'images/0.png').read_bytes()[:900])
+    save(data / 'images/1.png', photo((30, 48)))
+    (data / 'masks/2.png').write_text('no image')
+    save(data / 'images/3.png', photo())
+    save(data / 'masks/4.png', labels(0, 1))
+    save(data / 'images/._5.png', photo())
+    save(data / 'images/6.png', photo())
+    cv2.imwrite(str(data / 'masks/6.png'), labels(0, 1).astype(np.uint16) * 300)
+    (data / 'images/notes.txt').touch()
+    texts = problems(data)
+    assert [text.partition(',')[0] for text in texts] == [
+        'images without a label map: 1',
+        'label maps that cannot be used: 2',
+        'images that cannot be read: 1 of 4',
+        'images of another size than their labels: 1',
+    ]
+    for text, words in zip(texts, ('3.png', '2.png', '0.png', '48x30'), strict=True):
+        assert words in text and '| leave them' in text
+    _, findings = look(data)
+    assert any('label maps without an image: 1' in w for w in findings.warnings)
+    assert any('1 of .txt' in w for w in findings.warnings)
+    found, findings = look(data, fix=True)
+    assert not found.sets[0].pairs
+    with pytest.raises(UserError, match='no image in .* is left'):
+        findings.raise_problems(fix=True)
+
+
+def test_lossy_label_maps(data):
+    for i in range(3):
+        Image.fromarray(labels(0, 1, 2)).save(data / f'masks/{i}.jpg')
+        (data / f'masks/{i}.png').unlink()
+    assert any('compressed with losses' in p and 'wrong: 3' in p for p in problems(data))
+
+
+def test_truncated_jpeg(tmp_path):
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(photo((300, 400))).save(path)
+    assert not look_at_image(path).error
+    path.write_bytes(path.read_bytes()[:-3000])
+    assert 'truncated' in look_at_image(path).error
+
+
+@pytest.mark.parametrize('kind', ['one folder', 'suffixes', 'other case', 'two images'])
+def test_pairs(tmp_path, kind):
+    images, masks, options = tmp_path / 'images', tmp_path / 'masks', {}
+    if kind == 'one folder':
+        masks, options = images, dict(image_suffix='.png', mask_suffix='_mask.png')
+    name = dict(suffixes='a_gtFine.png').get(kind, 'a.png')
+    if kind == 'one folder':
+        name = 'a_mask.png'
+    save(images / ('sub/a.JPG' if kind != 'one folder' else 'sub/a.png'), photo())
+    save(masks / f'sub/{name}', labels(0, 1))
+    if kind == 'other case':
+        save(images / 'sub/A.png', photo())
+        save(masks / 'sub/A.png', labels(0, 1))
+    if kind == 'two images':
+        save(images / 'sub/a.png', photo())
+    found, findings = survey_segmentation([(images, masks)], **options)
+    pairs = found.sets[0].pairs
+    if kind == 'two images':
+        assert not pairs and 'a.JPG' in findings.problems[0].text
+        return
+    assert not findings.problems and {p.name.lower() for p in pairs} == {'sub/a'}
+    if kind == 'suffixes':
+        assert pairs[0].suffixes == ('.JPG', '_gtFine.png')
+    if kind == 'other case':
+        assert 'upper and lower case' in findings.warnings[0] and len(pairs) == 2
+    if kind == 'one folder':
+        with pytest.raises(UserError, match='both in .*--image-suffix .jpg'):
+            survey_segmentation([(images, masks)])
+
+
+def test_no_pairs(data):
+    with pytest.raises(UserError, match='is not a folder'):
+        look(data / 'none')
+    with pytest.raises(UserError, match='no label map in .*--mask-suffix'):
+        look(data, mask_suffix='_x.png')
+    for path in (data / 'masks').iterdir():
+        path.rename(path.with_suffix('.npy'))
+    with pytest.raises(UserError, match='masks has no images .* there are 3 of .npy'):
+        look(data)
+
+
+@pytest.mark.parametrize(
+    'suffix, array, layout',
+    [
+        ('.png', photo(channels=1), Layout()),
+        ('.png', photo(channels=4), Layout()),
+        ('.tif', photo(), Layout()),
+        ('.png', photo(channels=1, dtype=np.uint16), Layout(1, 'uint16')),
+        ('.png', photo(dtype=np.uint16), Layout(3, 'uint16')),
+        ('.tif', photo(dtype=np.uint16), Layout(3, 'uint16', True)),
+        ('.tif', photo(channels=6), Layout(6, 'uint8', True)),
+        (
+            '.tif',
+            np.moveaxis(photo(channels=5, dtype=np.uint16), -1, 0),
+            Layout(5, 'uint16', True, True),
+        ),
+    ],
+)
+def test_layouts(tmp_path, suffix, array, layout):
+    path = tmp_path / f'a{suffix}'
+    options = {}
+    if layout.channels > 3:
+        contiguous = dict(planarconfig='contig')
+        options = dict(photometric='minisblack', **({} if layout.planar else contiguous))
+    save(path, array, **options)
+    image = look_at_image(path)
+    assert not image.error and image.layout == layout and image.size == SIZE[::-1]
+    if not layout.is_common:
+        pixels = np.moveaxis(array, 0, -1) if layout.planar else array
+        pixels = pixels.reshape(-1, layout.channels).astype(float)
+        mean, std = mean_and_std([image])
+        assert mean == pytest.approx(pixels.mean(0).tolist(), rel=1e-3)
+        assert std == pytest.approx(pixels.std(0).tolist(), rel=1e-3)
+
+
+def test_mixed_layouts_and_kinds(data):
+    save(data / 'images/1.png', photo(channels=1))
+    save(data / 'images/2.png', photo(channels=4))
+    _, findings = look(data)
+    assert not findings.problems
+    assert 'grey images' in findings.warnings[0] and 'alpha' in findings.warnings[1]
+    save(data / 'images/1.png', photo(channels=1, dtype=np.uint16))
+    (problem,) = problems(data)
+    assert 'do not have 3 channels of 8 bits, as most do: 1' in problem
+    assert '1.png (1 channel of 16 bits)' in problem
+
+
+def test_values_that_are_not_finite(tmp_path):
+    array = photo(channels=4).astype(np.float32)
+    array[0, 0] = np.nan
+    for i in range(2):
+        save(
+            tmp_path / f'images/{i}.tif',
+            array,
+            photometric='minisblack',
+            planarconfig='contig',
+        )
+        save(tmp_path / f'masks/{i}.png', labels(0, 1))
+    found, findings = look(tmp_path)
+    assert 'not finite' in findings.warnings[0]
+    assert np.isfinite(found.loading['mean']).all()
+
+
+@pytest.mark.parametrize('stored', [True, False])
+def test_exif_orientation(data, stored):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(photo()).save(data / 'images/1.jpg', exif=exif)
+    (data / 'images/1.png').unlink()
+    save(data / 'masks/1.png', labels(0, 1, 2, size=SIZE if stored else SIZE[::-1]))
+    texts = problems(data)
+    if stored:
+        assert (
+            'turned by their EXIF tag' in texts[0] and '1.jpg (orientation 6)' in texts[0]
+        )
+    else:
+        assert not texts
+    assert look(data)[0].loading['ignore_orientation'] is stored
+    # upside down: sizes do not tell
+    exif[0x0112] = 3
+    Image.fromarray(photo()).save(data / 'images/1.jpg', exif=exif)
+    save(data / 'masks/1.png', labels(0, 1, 2))
+    _, findings = look(data)
+    assert '1.jpg (3)' in findings.warnings[0]
+
+
+def test_split():
+    rare = [{0}, {0}, {0, 1}, {0}, {0, 1}, {0}, {0}, {0}, {0}, {0}]
+    train, val = split(rare, 0.2, 0)
+    assert sorted(train + val) == list(range(10)) and len(val) == 2
+    assert {i for i in (2, 4) if i in val} and {i for i in (2, 4) if i in train}
+    assert split(rare, 0.2, 0) == (train, val)
+    assert any(split(rare, 0.2, seed) != (train, val) for seed in (1, 2, 3))
+    with pytest.raises(UserError, match='1 usable images cannot be divided'):
+        split([{0}], 0.5, 0)
+
+
+def test_reading_classes(tmp_path):
+    assert read_classes('road, car') == [('road', None), ('car', None)]
+    path = tmp_path / 'classes.txt'
+    path.write_text('﻿# a comment\nroad sign,128,64,128\ncar:0,0,142::\n\n')
+    assert read_classes(str(path)) == [('road sign', (128, 64, 128)), ('car', (0, 0, 142))]
+    path.write_text('road\t7\ncar,30')
+    assert read_classes(str(path)) == [('road', 7), ('car', 30)]
+    path.write_text('class 1\nclass 2')
+    assert read_classes(str(path)) == [('class 1', None), ('class 2', None)]
+    path.write_text('road,7\ncar')
+    with pytest.raises(UserError, match='some classes have a value and others none'):
+        read_classes(str(path))
+    with pytest.raises(UserError, match='stands twice: a'):
+        read_classes('a,b,a')
+    with pytest.raises(UserError, match='a name is empty'):
+        read_classes('a,,b')
+    with pytest.raises(UserError, match='none.txt does not exist'):
+        read_classes('none.txt')
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three images with two boxes each; the function that writes and looks at it."""
+    images = [dict(id=i, file_name=f'{i}.png', width=48, height=40) for i in range(3)]
+    annotations = [
+        dict(
+            id=2 * i + j,
+            image_id=i,
+            category_id=(1, 7)[j],
+            bbox=[4 + 8 * j, 4, 16, 20],
+            area=320,
+            iscrowd=0,
+            segmentation=[[4, 4, 20, 4, 20, 24]],
+        )
+        for i in range(3)
+        for j in range(2)
+    ]
+    categories = [dict(id=1, name='cat'), dict(id=7, name='dog')]
+    content = dict(images=images, annotations=annotations, categories=categories)
+    for i in range(3):
+        save(tmp_path / f'images/{i}.png', photo(seed=i))
+
+    def look_at(change=lambda content: None, **options):
+        changed = json.loads(json.dumps(content))
+        change(changed)
+        path = tmp_path / 'train.json'
+        path.write_text(json.dumps(changed))
+        return survey_detection([(path, tmp_path / 'images')], **options)
+
+    return look_at
+
+
+def test_a_tidy_coco_file(coco):
+    found, findings = coco()
+    assert not findings.problems and not found.sets[0].changed
+    assert found.classes == ['cat', 'dog'] and found.has_masks and found.size == (48, 40)
+    facts = findings.report(fix=False)
+    assert '6 boxes and masks' in facts and 'dog: 3 boxes in 3 images' in facts
+    assert 'category ids have holes (1, 7)' in facts
+    assert coco(classes=['dog'])[0].classes == ['dog']
+    assert not coco(boxes_only=True)[0].has_masks
+    with pytest.raises(UserError, match='--classes has fox; .* the categories cat, dog'):
+        coco(classes=['fox'])
+
+
+def on(part, index, **values):
+    """A change of an item of a COCO file; None removes a key."""
+
+    def change(content):
+        item = content[part][index]
+        item.update(values)
+        for key in [key for key, value in values.items() if value is None]:
+            del item[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    'change, text, left',
+    [
+        (on('annotations', 2, category_id=5), 'annotations with a category_id', 5),
+        (on('annotations', 2, image_id=9), 'of an image that is not listed', 5),
+        (on('annotations', 2, bbox=None), 'without a usable bbox: 1', 5),
+        (on('annotations', 2, bbox=[1, 2, 3]), 'without a usable bbox: 1', 5),
+        (on('annotations', 2, bbox=[1, 2, 30, 0.5]), 'less than 1 pixel wide or high', 5),
+        (on('annotations', 2, bbox=[60, 2, 9, 9]), 'outside of their image', 5),
+        (on('annotations', 2, id=1), 'without an id of their own: 2', 6),
+        (on('annotations', 2, area=None), 'without an area above 0', 6),
+        (on('annotations', 2, iscrowd=None), 'without iscrowd', 6),
+        (on('annotations', 2, segmentation=[[1, 2, 3, 4]]), 'fewer than 3 points', 6),
+        (on('annotations', 2, segmentation=[]), 'without a mask (segmentation): 1 of 6', 6),
+        (on('images', 1, width=None), 'without width and height: 1', 6),
+        (on('images', 1, file_name='none.png'), 'images that cannot be read: 1 of 3', 4),
+        (on('images', 1, width=50), 'of another size than their labels: 1', 4),
+    ],
+)
+def test_faults_of_coco_files(coco, change, text, left):
+    found, findings = coco(change)
+    (problem,) = findings.problems
+    assert text in problem.text and problem.fix and problem.advice
+    with pytest.raises(UserError, match='(?s)1 problem with the data.*--fix'):
+        findings.raise_problems(fix=False)
+    findings.raise_problems(fix=True)
+    own = found.sets[0]
+    assert len(own.content['annotations']) == left
+    ids = [a['id'] for a in own.content['annotations']]
+    assert len(set(ids)) == left
+    assert all(a['area'] > 0 and 'iscrowd' in a for a in own.content['annotations'])
+    assert all(i['width'] == 48 for i in own.content['images'])
+    assert found.has_masks == ('mask' not in text)
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        (on('images', 1, id=0), "'id' of images that are missing or stand twice: 1"),
+        (on('images', 1, file_name='0.png'), "'file_name' of images"),
+        (
+            on('categories', 1, name='cat'),
+            "'name' of categories",
+        ),
+    ],
+)
+def test_faults_that_only_the_user_can_fix(coco, change, text):
+    _, findings = coco(change)
+    assert text in findings.problems[0].text
+    with pytest.raises(UserError, match='no config was written'):
+        findings.raise_problems(fix=True)
+
+
+def test_boxes_in_other_units(coco):
+    def relative(content):
+        for annotation in content['annotations']:
+            annotation['bbox'] = [0.1, 0.1, 0.5, 0.5]
+
+    assert 'within 0 to 1' in coco(relative)[1].problems[0].text
+
+    def corners(content):
+        for annotation in content['annotations']:
+            annotation['bbox'] = [20, 20, 44, 38]
+
+    _, findings = coco(corners)
+    warning = next(w for w in findings.warnings if 'reach out' in w)
+    assert warning.endswith('is bbox left, top, right, bottom?')
+
+
+def test_images_without_objects(coco):
+    def empty(content):
+        content['annotations'] = content['annotations'][:4]
+
+    _, findings = coco(empty)
+    assert any('images without objects' in w and '1 of 3' in w for w in findings.warnings)
+    _, findings = coco(lambda content: content['annotations'].clear())
+    assert any('has no objects' in p.text for p in findings.problems)
+    _, findings = coco(lambda content: content['annotations'].__delitem__(slice(0, 6, 2)))
+    assert 'no box is of cat' in findings.warnings[0]
+
+
+def test_files_that_are_not_coco(tmp_path):
+    (tmp_path / 'images').mkdir()
+    path = tmp_path / 'a.json'
+    for text, message in (
+        (None, 'does not exist'),
+        ('{', 'is not JSON'),
+        ('[]', 'has no images or annotations or categories'),
+        ('{"images": [], "annotations": [], "categories": [{}]}', 'it has no images'),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            survey_detection([(path, tmp_path / 'images')])
+    with pytest.raises(UserError, match='none is not a folder'):
+        survey_detection([(path, tmp_path / 'none')])
+
+
+def test_other_categories_for_validation(coco, tmp_path):
+    coco()
+    path = tmp_path / 'train.json'
+    content = json.loads(path.read_text())
+    content['categories'].reverse()
+    other = tmp_path / 'val.json'
+    other.write_text(json.dumps(content))
+    images = tmp_path / 'images'
+    _, findings = survey_detection([(path, images), (other, images)])
+    assert 'other categories, or in another order' in findings.problems[0].text
