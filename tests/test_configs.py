@@ -116,7 +116,11 @@ def test_parts_fit_together(path):
     backbone = cfg.model.backbone
     assert (backbone.type, backbone.arch) == ('OverLoCK', arch)
     assert backbone.context_skip == (path.parent.name == 'detection')
-    assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.hooks']
+    assert cfg.custom_imports.imports == [
+        'overlock_mm',
+        'overlock_mm.hooks',
+        'overlock_mm.datasets',
+    ]
     assert cfg.default_hooks.loading.type == 'StrictLoadingHook'
     # one block a stage, and no numbers: the channels stay those of the arch
     sizes = OverLoCK.arch_settings[arch]

@@ -19,7 +19,7 @@ from ..hooks import StrictLoadingHook
 from ..models import OverLoCK
 
 # What this package registers, for configs that are read without its tools.
-_IMPORTS = ('overlock_mm', 'overlock_mm.hooks')
+_IMPORTS = ('overlock_mm', 'overlock_mm.hooks', 'overlock_mm.datasets')
 
 
 def class_of(node, registry: Registry, scope: str | None = None) -> type | None:

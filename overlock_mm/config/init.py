@@ -104,7 +104,6 @@ def segmentation_config(
                 backbone=_backbone(data.loading, how),
                 decode_head=dict(num_classes=count),
                 auxiliary_head=dict(num_classes=count),
-                test_cfg=_test_cfg(data.size, scale, crop),
             ),
         ),
         ('train_pipeline', train),
@@ -126,8 +125,6 @@ def segmentation_config(
         ),
         ('default_hooks', dict(checkpoint=dict(interval=interval))),
     ]
-    if normalise or len(labels) > 1:
-        entries.insert(0, _imports())
     about = f'{images} images of {data.sets[0].images}, {count} classes'
     return _text('segmentation', arch, about, entries)
 
@@ -143,14 +140,6 @@ def _segmentation_sizes(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[i
     long, short = round(long * factor), round(short * factor)
     side = min(512, short // 32 * 32)
     return (long, short), (side, side)
-
-
-def _test_cfg(size, scale, crop) -> dict:
-    """Sliding windows for images much larger than the crops."""
-    if max(size) <= 4096 and scale[0] * scale[1] <= 2048 * 1024:
-        return {}
-    stride = tuple(side * 3 // 4 for side in crop)
-    return dict(mode='slide', crop_size=_Name('crop_size'), stride=stride)
 
 
 def _segmentation_iterations(images: int, how: Training) -> int:
@@ -252,8 +241,6 @@ def detection_config(
             ],
         ),
     ]
-    if normalise:
-        entries.insert(0, _imports())
     about = f'{files[0][2]} images of {files[0][1]}, {len(data.classes)} classes'
     return _text('detection', arch, about, entries)
 
@@ -313,11 +300,6 @@ def _backbone(loading: dict, how: Training) -> dict:
     channels = loading['layout'].channels
     other = dict(in_channels=channels) if channels != 3 else {}
     return dict(**other, **(dict(with_cp=True) if how.small_gpu else {}))
-
-
-def _imports() -> tuple[str, dict]:
-    modules = ['overlock_mm', 'overlock_mm.hooks', 'overlock_mm.datasets']
-    return 'custom_imports', dict(imports=modules, allow_failed_imports=False)
 
 
 def _loaders(task: str, how: Training, train: list[dict], val: list[dict]) -> list[tuple]:

@@ -59,7 +59,11 @@ def test_dumps_of_it(pure_python, tmp_path, suffix):
     load_config(pure_python).dump(path)
     cfg = load_config(path)
     assert toolbox_of(cfg) == 'mmseg'
-    assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.hooks']
+    assert cfg.custom_imports.imports == [
+        'overlock_mm',
+        'overlock_mm.hooks',
+        'overlock_mm.datasets',
+    ]
     assert isinstance(build_model(cfg).backbone, OverLoCK)
 
 

@@ -51,7 +51,11 @@ def test_what_a_detector_becomes():
     assert preprocessor.std == [58.395, 57.12, 57.375] and preprocessor.pad_mask
     assert cfg.sync_bn == 'torch'
     assert cfg.default_hooks.loading.type == 'StrictLoadingHook'
-    assert cfg.custom_imports.imports == ['overlock_mm', 'overlock_mm.hooks']
+    assert cfg.custom_imports.imports == [
+        'overlock_mm',
+        'overlock_mm.hooks',
+        'overlock_mm.datasets',
+    ]
     said = '\n'.join(notes)
     for words in ('ResNet -> OverLoCK(arch=t', 'RGB, mean', 'sync_bn', 'SGD'):
         assert words in said
