@@ -56,8 +56,8 @@ def init(
         mask_suffix: likewise of label maps.
         boxes_only: train without masks.
         batch: images in an iteration. Defaults to 4, and to 2 for a small GPU.
-        small_gpu: bfloat16, activation checkpointing, and gradients of several iterations
-            added up.
+        small_gpu: activation checkpointing, gradients of several iterations added up, and,
+            for segmentation, bfloat16.
         val_share: of the images that is held out.
         seed: of the division.
         out: config to write. Defaults to ``my_segmentation.py`` or ``my_detection.py``.

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-import torch
+from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 from ..config.checks import check_run
 from ..config.edit import (
     fit_workers,
+    is_a,
     latest_checkpoint,
     move_pretrained_model,
     replaces_pretrained,
@@ -60,7 +63,9 @@ def train(
     cfg = load_run_config(config, cfg_options, work_dir, launcher)
     require_keys(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if amp:
-        _use_amp(cfg)
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    _check_amp(cfg, amp)
     if auto_scale_lr:
         if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
             raise UserError(
@@ -86,11 +91,18 @@ def train(
     return runner
 
 
-def _use_amp(cfg) -> None:
-    if not torch.cuda.is_available():
-        raise UserError('--amp needs a GPU, and torch sees none; leave it out')
-    cfg.optim_wrapper.type = 'AmpOptimWrapper'
-    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+def _check_amp(cfg, given: bool) -> None:
+    """mmengine's mixed precision needs an accelerator."""
+    scope = cfg.get('default_scope')
+    if get_device() == 'cpu' and is_a(
+        cfg.optim_wrapper, AmpOptimWrapper, OPTIM_WRAPPERS, scope
+    ):
+        raise UserError(
+            '--amp needs a GPU, and torch sees none; leave it out'
+            if given
+            else "the config's AmpOptimWrapper needs a GPU, and torch sees none; use "
+            'OptimWrapper, without dtype and loss_scale'
+        )
 
 
 def _find_checkpoint(cfg, resume: bool | str, pretrained: bool) -> str | None:

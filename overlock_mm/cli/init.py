@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--mask-suffix', metavar='END', help='likewise of label maps, such as _mask.png')
     add('--boxes-only', action='store_true', help='detection: train without masks')
     add('--batch', type=int, metavar='N', help='images in an iteration (4)')
-    about = 'for GPUs with little memory: bfloat16, activation checkpointing, 2 images in '
-    about += 'an iteration and the gradients of 8 iterations added up'
+    about = 'for GPUs with little memory: activation checkpointing, 2 images in an '
+    about += 'iteration, the gradients of 8 iterations added up, bfloat16 for segmentation'
     add('--small-gpu', action='store_true', help=about)
     about = 'share of the images that is held out for validation (%(default)s)'
     add('--val-share', type=float, default=0.15, help=about)

@@ -25,7 +25,7 @@ class Training:
     Attributes:
         batch: images in an iteration.
         accumulation: iterations in a step of the optimizer.
-        small_gpu: mixed precision in bfloat16, and activation checkpointing.
+        small_gpu: activation checkpointing, and for segmentors mixed precision in bfloat16.
         workers: processes that load images.
     """
 
@@ -332,12 +332,9 @@ def _optimizer(task: str, how: Training) -> list[tuple]:
     rate = float(f'{_RATES[task] * images / _RATE_IMAGES:.3g}')
     wrapper = dict(optimizer=dict(lr=rate))
     if how.small_gpu:
-        wrapper = dict(
-            type='AmpOptimWrapper',
-            dtype='bfloat16',
-            accumulative_counts=how.accumulation,
-            **wrapper,
-        )
+        wrapper['accumulative_counts'] = how.accumulation
+    if how.small_gpu and task == 'segmentation':  # mmcv's RoIAlign has no bfloat16
+        wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
     return [
         ('optim_wrapper', wrapper),
         ('auto_scale_lr', dict(base_batch_size=how.batch)),

@@ -134,6 +134,14 @@ def test_no_toolbox(examine):
     assert rows['mmcv'].cure.endswith(
         'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir onedl-mmcv'
     )
+    assert rows['mmcv ops'] == doctor.Row('mmcv ops', 'absent', 'they come with mmcv', '')
+    assert rows['opencv'].cure == 'pip install opencv-python'
+
+
+def test_opencv_missing(examine):
+    gone = {'cv2': missing('cv2'), 'mmengine': failing(missing('cv2')['error'])}
+    rows = examine({**OPENMMLAB, 'opencv-python': None}, gone)
+    assert statuses(rows, 'broken') == ['opencv', 'mmengine']
     assert rows['opencv'].cure == 'pip install opencv-python'
 
 
@@ -505,6 +513,38 @@ def test_table(monkeypatch, capsys):
     assert doctor.doctor() == 0
 
 
+def test_broken_metadata(monkeypatch):
+    class Distribution:
+        def __init__(self, name, version):
+            self.metadata, self.version = {'Name': name}, version
+
+    found = [('Some_Package', '1.0'), (None, '2.0'), ('torch', None), ('torch', '2.1')]
+    monkeypatch.setattr(doctor, 'distributions', lambda: [Distribution(*f) for f in found])
+    assert doctor._installed() == {'some-package': '1.0', 'torch': None}
+
+
+def test_slow_but_not_hanging(monkeypatch):
+    """What took the time of those before it gets another turn."""
+    answers = [
+        ('{"probe": "a", "version": "1"}', 'no answer in 120 seconds'),
+        ('{"probe": "b", "version": "2"}', 'the process ended with status 0: '),
+    ]
+    monkeypatch.setattr(doctor, '_run', lambda names: answers.pop(0))
+    assert doctor._chain(['a', 'b']) == {'a': {'version': '1'}, 'b': {'version': '2'}}
+
+
+def test_same_path(monkeypatch, tmp_path):
+    (tmp_path / 'triton.py').write_text("__version__ = 'this one'")
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
+    assert doctor._chain(['triton']) == {'triton': {'version': 'this one'}}
+
+
+def test_no_process(monkeypatch):
+    for executable in ('/nowhere/python', '', None):
+        monkeypatch.setattr(sys, 'executable', executable)
+        assert 'Error' in doctor._chain(['triton'])['triton']['error']
+
+
 # In another Python, which has nothing installed but what is written for the test.
 
 TORCH = """
@@ -622,6 +662,16 @@ def test_ops_that_do_not_load(run_in):
     # the other family's MMDetection takes its own mmcv
     assert rows['mmdet'].cure.startswith('pip uninstall -y onedl-mmcv && ')
     assert rows['mmdet'].cure.endswith("'mmcv>=2.0.0,<2.2.0'")
+
+
+def test_half_an_import_is_not_for_the_others(run_in):
+    files = {
+        'numpy.py': "import builtins; builtins.left = True; raise ValueError('no')",
+        'cv2.py': "import builtins; __version__ = str(hasattr(builtins, 'left'))",
+    }
+    rows, _ = run_in(files)
+    assert rows['numpy'].status == 'broken'
+    assert rows['opencv'].found == 'False'
 
 
 def test_pkg_resources(run_in):

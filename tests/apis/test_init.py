@@ -236,11 +236,32 @@ def test_the_options(tmp_path, monkeypatch):
     assert (wrapper.type, wrapper.dtype) == ('AmpOptimWrapper', 'bfloat16')
     assert wrapper.accumulative_counts == 8 and wrapper.optimizer.lr == pytest.approx(6e-5)
     assert cfg.model.backbone.with_cp is True and cfg.train_dataloader.batch_size == 2
+    with pytest.raises(UserError, match='AmpOptimWrapper needs a GPU, and torch sees none'):
+        train(first)
     monkeypatch.setattr('os.cpu_count', lambda: None)
     init('segmentation', 'images', **again, batch=8)
     cfg = load_config(first)
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(3e-5)
     assert cfg.train_dataloader.num_workers == 1
+
+
+@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+def test_the_preset_for_small_gpus_trains(coco, monkeypatch, task):
+    """On the CPU, with mmengine's refusal of it out of the way."""
+    monkeypatch.setattr('overlock_mm.apis.train.get_device', lambda: 'cuda')
+    amp = 'mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available'
+    monkeypatch.setattr(amp, lambda: True)
+    if task == 'segmentation':
+        images_of((40, 60))
+        out = init(task, 'images', masks='masks', arch='xt', small_gpu=True)
+        cfg, results = run(out, SEGMENTOR)
+        assert 'mIoU' in results and cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    else:
+        annotations = 'training.json'
+        out = init(task, 'training', annotations=annotations, arch='xt', small_gpu=True)
+        cfg, results = run(out, DETECTOR)
+        assert 'coco/segm_mAP' in results and cfg.optim_wrapper.type == 'OptimWrapper'
+    assert cfg.optim_wrapper.accumulative_counts == 8 and cfg.model.backbone.with_cp
 
 
 @pytest.mark.parametrize(
