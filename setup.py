@@ -43,7 +43,7 @@ setup(
     packages=find_packages(include=['overlock_mm', 'overlock_mm.*']),
     cmdclass=dict(build_py=BuildWithConfigs),
     entry_points=dict(console_scripts=['overlock = overlock_mm.cli:main']),
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     install_requires=[
         'torch>=2.1',
         'torchvision',
@@ -75,7 +75,6 @@ setup(
         'Intended Audience :: Science/Research',
         'Operating System :: OS Independent',
         'Programming Language :: Python :: 3',
-        'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
         'Programming Language :: Python :: 3.13',

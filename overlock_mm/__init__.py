@@ -15,16 +15,20 @@ __all__ = [
     'swap_backbone',
     'switch_to_deploy',
 ]
-# Set where only the command line runs, which explains it.
+# What the command line reports; anywhere else it is raised.
 import_error: Exception | None = None
 
-try:
-    from .checkpoint import load_checkpoint
-    from .models import ContMix, ContMixBlock, OverLoCK, fold, switch_to_deploy
-except Exception as error:  # libraries that do not fit each other raise what they like
-    if sys.argv[:1] != ['-m'] and Path(sys.argv[0]).stem != 'overlock':
-        raise
-    import_error = error
+_script, *_arguments = sys.argv or ['']
+_is_command = _script == '-m' or Path(_script).stem == 'overlock'
+# `overlock doctor` must run where an import crashes the process
+if not _is_command or _arguments[:1] != ['doctor']:
+    try:
+        from .checkpoint import load_checkpoint
+        from .models import ContMix, ContMixBlock, OverLoCK, fold, switch_to_deploy
+    except Exception as error:  # libraries that do not fit each other raise what they like
+        if not _is_command:
+            raise
+        import_error = error
 
 
 def __getattr__(name: str):

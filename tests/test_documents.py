@@ -1,5 +1,6 @@
 """What README and the other documents say exists, and their Python code compiles."""
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+
+from overlock_mm.cli import COMMANDS
+from overlock_mm.cli.common import add_debug_option
+from overlock_mm.config.load import load_config
 
 DOCUMENTS = [
     *ROOT.glob('*.md'),
@@ -40,25 +45,66 @@ def test_links_lead_somewhere(path):
         assert (ROOT / name).exists() or 'NAME' in name, name
 
 
+def options_of(command):
+    """The options of a command of ``overlock``."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f'overlock_mm.cli.{command}').add_arguments(parser)
+    add_debug_option(parser)
+    return set(parser._option_string_actions)
+
+
+def checked_words(command, words):
+    """Check a command of ``overlock`` with its arguments."""
+    for word in words:
+        if word.startswith('--'):
+            assert word.partition('=')[0] in options_of(command), (command, word)
+        if word.startswith('configs/'):
+            assert (ROOT / word).is_file(), (command, word)
+
+
 @pytest.mark.parametrize('path', DOCUMENTS, ids=named)
 def test_commands_exist(path):
-    """Every tool, config and make target that is named, and every option of a tool."""
-    shared = (ROOT / 'overlock_mm/cli.py').read_text()
+    """Every command, tool, config and make target that is named, and every option."""
     targets = re.findall(r'^([\w-]+):', (ROOT / 'Makefile').read_text(), re.M)
-    text = path.read_text()
+    text = path.read_text().replace('\\\n', ' ')
     for target in re.findall(r'`make ([\w-]+)`|^make ([\w-]+)', text, re.M):
         assert (target[0] or target[1]) in targets, target
-    for command in re.findall(r'tools/\w+\.\w+[^`\n]*', text.replace('\\\n', ' ')):
+    for name, rest in re.findall(r'(?:`|^)overlock ([a-z-]+)([^`\n]*)', text, re.M):
+        assert name.replace('-', '_') in COMMANDS, name
+        checked_words(name.replace('-', '_'), rest.split())
+    for command in re.findall(r'tools/\w+\.\w+[^`\n]*', text):
         tool, *words = command.partition('#')[0].split()
         script = ROOT / tool.rstrip('.,:;)')
         assert script.is_file(), tool
-        api = ROOT / 'overlock_mm/apis' / script.name
-        source = script.read_text() + shared + (api.read_text() if api.exists() else '')
+        source = script.read_text()
+        called = re.search(r"main\('(\w+)'\)", source)
+        called = called or re.search(r'/(train|test)\.py', source)  # the shell scripts
+        if called:
+            checked_words(called[1], words)
+            continue
         for word in words:
             if word.startswith('--'):
                 assert f"'{word.partition('=')[0]}'" in source, command
-            if word.startswith('configs/'):
-                assert (ROOT / word).is_file(), command
+
+
+def test_the_walk_through_own_data(tmp_path, monkeypatch, capsys):
+    """The commands of docs/custom_data.md, and what it says that they print."""
+    from overlock_mm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / 'docs/custom_data.md'
+    text = path.read_text().replace('\\\n', ' ')
+    commands = re.findall(r'^overlock (demo-data|init .*data/demo.*)$', text, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr('sys.argv', ['overlock', *command.split()])
+        main()
+    printed = capsys.readouterr().out
+    (shown,) = re.findall(r'^```\n(images.*?)^```', path.read_text(), re.M | re.S)
+    for line in shown.splitlines():
+        assert line in printed or line.strip() == '...', line
+    assert load_config('seg.py').model.decode_head.num_classes == 10
+    assert load_config('det.py').model.roi_head.mask_head.num_classes == 9
 
 
 @pytest.mark.parametrize('path', DOCUMENTS, ids=named)

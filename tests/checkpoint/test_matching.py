@@ -96,6 +96,30 @@ def test_part_of_the_backbone(tmp_path, out_indices, dense):
     assert_loaded(model, state, fresh=() if dense else ('extra_norm.', 'h_proj.'))
 
 
+@pytest.mark.parametrize('channels', [1, 2, 5])
+def test_other_channels_of_the_image(tmp_path, log, channels):
+    """The first convolution is adapted as timm does it, and the report says so."""
+    name = 'patch_embed1.0.weight'
+    state = classifier_state(tiny())
+    model = load(tmp_path / 'w.pth', state, in_channels=channels)
+    found = model.state_dict()[name]
+    if channels == 1:
+        expected = state[name].sum(dim=1, keepdim=True)
+    else:
+        expected = torch.cat([state[name]] * 2, dim=1)[:, :channels] * 3 / channels
+    assert torch.allclose(found, expected)
+    report = next(text for text in log if text.startswith('Weights of'))
+    assert f'1 key  of them adapted from 3 to {channels} channels: {name}' in report
+    others = {k: v for k, v in state.items() if k != name}
+    assert_loaded(model, {**others, name: found}, fresh=('extra_norm.',))
+
+
+def test_a_trained_model_keeps_its_channels(tmp_path):
+    torch.save(Segmentor().state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='has another shape: backbone.patch_embed1.0'):
+        load_checkpoint(Segmentor(in_channels=5), tmp_path / 'w.pth')
+
+
 def test_inside_a_model(tmp_path):
     """A detector or segmentor initialises its backbone through the same call."""
     from mmseg.registry import MODELS as SEG
