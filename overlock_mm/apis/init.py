@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config.init import Training, detection_config, segmentation_config
 from ..datasets.survey.classes import read_classes
 from ..datasets.survey.coco import survey_detection
-from ..datasets.survey.images import split
+from ..datasets.survey.images import listed, split
 from ..datasets.survey.label_maps import survey_segmentation
 from ..errors import UserError
 from .files import check_output
@@ -77,6 +77,8 @@ def init(
         raise UserError(f'--val-share {val_share} must be between 0 and 1, such as 0.15')
     if batch is not None and batch < 1:
         raise UserError(f'--batch {batch} must be at least 1')
+    if seed < 0:
+        raise UserError(f'--seed {seed} must be at least 0')
     how = Training.of(task, batch, small_gpu)
     named = read_classes(classes) if classes else None
     if task == 'segmentation':
@@ -84,8 +86,15 @@ def init(
         _refuse(task, annotations=annotations, val=val, boxes_only=boxes_only)
         if bool(val_images) != bool(val_masks):
             raise UserError('--val-images and --val-masks belong together; give both')
-        folders = [(Path(images), Path(masks))]
-        folders += [(Path(val_images), Path(val_masks))] if val_masks else []
+        if batch == 1:
+            raise UserError(
+                '--batch 1 is too small for UperNet: it pools each image to one value per '
+                'channel, of which batch norm has no variance. Give 2 or more'
+            )
+        folders = [(_folder(images), _folder(masks))]
+        folders += [(_folder(val_images), _folder(val_masks))] if val_masks else []
+        if val_images and _same(images, val_images) and _same(masks, val_masks):
+            raise UserError(f'{val_images} is the training set; give other images')
         data, found = survey_segmentation(
             folders,
             classes=named,
@@ -102,8 +111,10 @@ def init(
             raise UserError('--val-images needs the annotations of these images: --val')
         if named and any(value is not None for _, value in named):
             raise UserError('--classes of a detector are names alone, without values')
-        files = [(Path(annotations), Path(images))]
-        files += [(Path(val), Path(val_images or images))] if val else []
+        files = [(_folder(annotations), _folder(images))]
+        files += [(_folder(val), _folder(val_images or images))] if val else []
+        if val and _same(annotations, val):
+            raise UserError(f'--val {val} is the training set; give another file')
         data, found = survey_detection(
             files,
             classes=named and [name for name, _ in named],
@@ -113,14 +124,25 @@ def init(
         write = _detection_files
     say(found.report(fix))
     found.raise_problems(fix)
-    texts = write(data, out, arch, how, val_share, seed)
-    there = [path for path in texts if path.exists() and not force]
-    if there:
-        raise UserError(f'{there[0]} exists; give another --out, or --force')
+    parts = _parts(data, val_share, seed)
+    names = data.classes if task == 'detection' else data.classes.names
+    _check_parts(names, parts)
+    texts = write(data, out, arch, how, parts)
+    for path in texts:
+        if path.exists() and (not force or not path.is_file()):
+            raise UserError(f'{path} exists; give another --out, or --force')
     for path, text in texts.items():
         path.write_text(text, encoding='utf-8')
     say(f'wrote {", ".join(map(str, texts))}; next: overlock train {out}')
     return out
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser()
+
+
+def _same(path: str, other: str) -> bool:
+    return _folder(path).resolve() == _folder(other).resolve()
 
 
 def _require(task: str, **arguments) -> None:
@@ -145,11 +167,19 @@ def _parts(data, val_share: float, seed: int) -> list[tuple]:
     return [(own, train), (own, val)]
 
 
-def _segmentation_files(data, out: Path, arch, how, val_share, seed) -> dict[Path, str]:
+def _check_parts(names: Sequence[str], parts: list[tuple]) -> None:
+    """Training must have objects, and should have all classes that there are."""
+    train, val = (set().union(*(own.classes_of[i] for i in part)) for own, part in parts)
+    if not train:
+        raise UserError('the training images have no objects; change --seed or --val-share')
+    if val - train:
+        missing = [name for i, name in enumerate(names) if {i, name} & (val - train)]
+        say(f'warning: only validation images have {listed(missing)}')
+
+
+def _segmentation_files(data, out: Path, arch, how, parts) -> dict[Path, str]:
     texts, lists = {}, []
-    for part, (own, indices) in zip(
-        ('train', 'val'), _parts(data, val_share, seed), strict=True
-    ):
+    for part, (own, indices) in zip(('train', 'val'), parts, strict=True):
         names = {}
         for i in indices:
             names.setdefault(own.pairs[i].suffixes, []).append(own.pairs[i].name)
@@ -163,11 +193,9 @@ def _segmentation_files(data, out: Path, arch, how, val_share, seed) -> dict[Pat
     return {out: segmentation_config(data, lists, arch, how), **texts}
 
 
-def _detection_files(data, out: Path, arch, how, val_share, seed) -> dict[Path, str]:
+def _detection_files(data, out: Path, arch, how, parts) -> dict[Path, str]:
     texts, files = {}, []
-    for part, (own, indices) in zip(
-        ('train', 'val'), _parts(data, val_share, seed), strict=True
-    ):
+    for part, (own, indices) in zip(('train', 'val'), parts, strict=True):
         path, content = own.path, own.content
         if own.changed or len(indices) < len(own.classes_of):
             path = out.with_name(f'{out.stem}_{part}.json')

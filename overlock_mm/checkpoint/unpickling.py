@@ -188,8 +188,8 @@ def _set_history(buffer, state):
     _update(buffer, state)
 
 
-_multiarray = getattr(np, '_core', None) or np.core
-_multiarray = _multiarray.multiarray
+# numpy 1.26 has a numpy._core, too, and little in it
+_multiarray = (np.core if np.__version__.startswith('1.') else np._core).multiarray
 # What is called as it is.
 _PLAIN_CALLS = [
     *(OrderedDict, collections.Counter, collections.deque, set, frozenset),

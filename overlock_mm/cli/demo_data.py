@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         written = make_demo_data(args.root, args.seed, args.train, args.val, args.size)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(error) from error
     what = (
         f'{args.train} training and {args.val} validation images of '

@@ -47,4 +47,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    if not all(n.strip().isdecimal() and int(n) < 256 for n in text.split(',')):
+        raise argparse.ArgumentTypeError(f'{text!r} must be numbers of 0 to 255, as 0,255')
     return tuple(int(number) for number in text.split(','))

@@ -65,7 +65,7 @@ def segmentation_config(
     count = len(data.classes.names)
     scale, crop = _segmentation_sizes(data.size)
     labels = [dict(type='LoadAnnotations')]
-    if data.classes.values != list(range(count)):
+    if not data.classes.are_indices:
         labels.append(dict(type='MapLabels', values=data.classes.values))
     load, normalise = _loading(data.loading)
     photometric = [] if normalise else [dict(type='PhotoMetricDistortion')]

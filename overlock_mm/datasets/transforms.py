@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..openmmlab import TRANSFORMS
+from .survey.images import LARGEST
 
 
 @TRANSFORMS.register_module()
@@ -66,7 +67,7 @@ class Standardize:
     """Subtract a mean and divide by a standard deviation, for any number of channels.
 
     MMDetection's preprocessor takes 1 or 3 channels. Give it no mean and std then. Values
-    that are not finite become the mean.
+    that are not finite, or of 1e30 and more, become the mean.
 
     Args:
         mean (Sequence[float]): one value for each channel.
@@ -80,5 +81,7 @@ class Standardize:
         """Replace ``results['img']``, ``(H, W)`` or ``(H, W, C)``, by one in float32."""
         image = results['img']
         image = image[..., None] if image.ndim == 2 else image
-        image = (image.astype(np.float32) - self.mean) / self.std
-        return dict(results, img=np.nan_to_num(image, posinf=0.0, neginf=0.0))
+        image = image.astype(np.float32)
+        usable = np.abs(image) < LARGEST
+        image = np.where(usable, (image - self.mean) / self.std, np.float32(0))
+        return dict(results, img=image)

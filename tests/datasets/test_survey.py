@@ -1,6 +1,7 @@
 """The look at a data set: what it finds in tidy and in messy folders."""
 
 import json
+import os
 
 import cv2
 import numpy as np
@@ -86,7 +87,13 @@ def test_a_tidy_folder(data):
             [0, 1],
         ),
         # as many values as names
-        ((3, 5), dict(classes=[('a', None), ('b', None)]), '3, 5 of no', None, [3, 5]),
+        (
+            (3, 5),
+            dict(classes=[('a', None), ('b', None)]),
+            '3, 5 are not those of the 2 classes, 0, 1',
+            None,
+            [3, 5],
+        ),
         (
             (0, 1, 7),
             dict(classes=[('a', 0), ('b', 1)]),
@@ -184,6 +191,79 @@ def test_files_that_cannot_be_used(data):
         findings.raise_problems(fix=True)
 
 
+@pytest.mark.parametrize(
+    'values, options, text',
+    [
+        # what was meant is that 255 is the object
+        (
+            (0, 255),
+            dict(classes=[('a', None), ('b', None)]),
+            '0, 255 are not those of the 2',
+        ),
+        ((0, 255), dict(classes=[('a', None)]), 'a is the only class'),
+        (
+            (0, 7),
+            dict(classes=[('a', 0), ('b', 7)], ignore=(7,)),
+            '7 is the value of a class',
+        ),
+        (tuple(range(120)), {}, 'label maps hold 40 values, as photos do'),
+        ((9, 9), dict(classes=[('a', (0, 0, 0)), ('b', (9, 9, 9))]), '9 of no class'),
+    ],
+)
+def test_classes_that_cannot_be(data, values, options, text, monkeypatch):
+    monkeypatch.setattr('overlock_mm.datasets.survey.classes._MOST_UNNAMED', 30)
+    for i in range(3):
+        labels_of = np.arange(40, dtype=np.uint8) if len(values) > 100 else None
+        array = labels(*values) if labels_of is None else np.tile(labels_of[:, None], 48)
+        save(data / f'masks/{i}.png', array)
+    (problem,) = problems(data, **options)
+    assert text in problem
+    if values == (9, 9):
+        assert problem.endswith('| ')  # to ignore all pixels is no way out
+
+
+def test_ignored_values_do_not_stay(data):
+    for i in range(3):
+        save(data / f'masks/{i}.png', labels(0, 1, 3))
+    found, _ = look(data, ignore=(3,))
+    assert found.classes.values == [0, 1] and not found.classes.are_indices
+
+
+def test_palettes_that_differ(data):
+    for i in range(3):
+        image = Image.fromarray(labels(0, 1, 2)).convert('P')
+        image.putpalette([0, 0, 0, 10, 20, 30 + i, 40, 50, 60])
+        image.save(data / f'masks/{i}.png')
+    (problem,) = problems(data)
+    assert '1 is (10, 20, 31) in' in problem and 'whatever their colours' in problem
+
+
+def test_odd_files(data):
+    """Hidden folders are left out, links are followed, names must be usable."""
+    save(data / 'images/.cache/0.png', photo())
+    save(data / 'elsewhere/a.png', photo())
+    save(data / 'masks/more/a.png', labels(0, 1))
+    (data / 'images/more').symlink_to(data / 'elsewhere')
+    found, findings = look(data)
+    names = [pair.name for pair in found.sets[0].pairs]
+    assert names == ['0', '1', '2', 'more/a'] and not findings.problems
+    save(data / 'images/b .png', photo())
+    save(data / 'masks/b .png', labels(0, 1))
+    assert 'begin or end with a space' in problems(data)[0]
+    (data / 'images' / os.fsdecode(b'\xff.png')).touch()
+    with pytest.raises(UserError, match='is not in UTF-8; rename'):
+        look(data)
+
+
+def test_several_kinds_of_label_maps(tmp_path):
+    for kind in ('_ids', '_color'):
+        save(tmp_path / f'masks/a{kind}.png', labels(0, 1))
+    save(tmp_path / 'images/a.png', photo())
+    with pytest.raises(UserError, match='could be those that end in _.*--mask-suffix _'):
+        look(tmp_path)
+    assert look(tmp_path, mask_suffix='_ids.png')[0].sets[0].pairs
+
+
 def test_lossy_label_maps(data):
     for i in range(3):
         Image.fromarray(labels(0, 1, 2)).save(data / f'masks/{i}.jpg')
@@ -248,6 +328,7 @@ def test_no_pairs(data):
         ('.tif', photo(), Layout()),
         ('.png', photo(channels=1, dtype=np.uint16), Layout(1, 'uint16')),
         ('.png', photo(dtype=np.uint16), Layout(3, 'uint16')),
+        ('.png', photo(channels=4, dtype=np.uint16), Layout(4, 'uint16')),
         ('.tif', photo(dtype=np.uint16), Layout(3, 'uint16', True)),
         ('.tif', photo(channels=6), Layout(6, 'uint8', True)),
         (
@@ -332,6 +413,10 @@ def test_split():
     assert {i for i in (2, 4) if i in val} and {i for i in (2, 4) if i in train}
     assert split(rare, 0.2, 0) == (train, val)
     assert any(split(rare, 0.2, seed) != (train, val) for seed in (1, 2, 3))
+    # a class in a single image goes to training, and something is left for it
+    for seed in range(10):
+        assert 3 in split([{0}, {0}, {0}, {0, 1}, {0}], 0.4, seed)[0]
+    assert [len(part) for part in split([{0}] * 4, 0.99, 0)] == [1, 3]
     with pytest.raises(UserError, match='1 usable images cannot be divided'):
         split([{0}], 0.5, 0)
 
@@ -348,8 +433,18 @@ def test_reading_classes(tmp_path):
     path.write_text('road,7\ncar')
     with pytest.raises(UserError, match='some classes have a value and others none'):
         read_classes(str(path))
-    with pytest.raises(UserError, match='stands twice: a'):
+    with pytest.raises(UserError, match='a stands twice'):
         read_classes('a,b,a')
+    for line in ('0,a', '0 a', 'a,1,2', 'b,300', 'c,0,0,999'):
+        path.write_text(f'road,7\n{line}')
+        with pytest.raises(UserError, match=f'{line}. is none of NAME, NAME,VALUE and'):
+            read_classes(str(path))
+    path.write_text('a,0\nb,0')
+    with pytest.raises(UserError, match='0 stands twice'):
+        read_classes(str(path))
+    path.write_bytes('straße'.encode('latin-1'))
+    with pytest.raises(UserError, match='is not in UTF-8'):
+        read_classes(str(path))
     with pytest.raises(UserError, match='a name is empty'):
         read_classes('a,,b')
     with pytest.raises(UserError, match='none.txt does not exist'):
@@ -425,7 +520,31 @@ def on(part, index, **values):
         (on('annotations', 2, id=1), 'without an id of their own: 2', 6),
         (on('annotations', 2, area=None), 'without an area above 0', 6),
         (on('annotations', 2, iscrowd=None), 'without iscrowd', 6),
-        (on('annotations', 2, segmentation=[[1, 2, 3, 4]]), 'fewer than 3 points', 6),
+        (on('annotations', 2, image_id='1'), 'with an image_id of another type', 6),
+        (on('annotations', 2, segmentation=[[1, 2, 3, 4]]), 'with a mask that is not', 6),
+        (on('annotations', 2, segmentation=[[0.1] * 6]), 'with a mask that is not', 6),
+        (on('annotations', 2, segmentation=[[1, 2, 3, 4, 5, 'x']]), 'with a mask that', 6),
+        (
+            on('annotations', 2, segmentation=[[1, 2, 3, 4, 5, float('nan')]]),
+            'with a mask that is not',
+            6,
+        ),
+        (
+            on('annotations', 2, segmentation=dict(size=[48, 40], counts=[0, 1920])),
+            'with a mask that is not',
+            6,
+        ),
+        (
+            on('annotations', 2, segmentation=dict(size=[40, 48], counts=[10, 5])),
+            'with a mask that is not',
+            6,
+        ),
+        (
+            on('annotations', 2, segmentation=dict(size=[40, 48], counts='garbage!')),
+            'with a mask that is not',
+            6,
+        ),
+        (on('images', 1, width='48'), 'without width and height: 1', 6),
         (on('annotations', 2, segmentation=[]), 'without a mask (segmentation): 1 of 6', 6),
         (on('images', 1, width=None), 'without width and height: 1', 6),
         (on('images', 1, file_name='none.png'), 'images that cannot be read: 1 of 3', 4),
@@ -445,7 +564,7 @@ def test_faults_of_coco_files(coco, change, text, left):
     assert len(set(ids)) == left
     assert all(a['area'] > 0 and 'iscrowd' in a for a in own.content['annotations'])
     assert all(i['width'] == 48 for i in own.content['images'])
-    assert found.has_masks == ('mask' not in text)
+    assert found.has_masks == ('without a mask' not in text)
 
 
 @pytest.mark.parametrize(
@@ -494,6 +613,56 @@ def test_images_without_objects(coco):
     assert 'no box is of cat' in findings.warnings[0]
 
 
+def test_masks_that_are_kept(coco):
+    """Run lengths of both kinds, a polygon alone, and what is left of a broken one."""
+    from pycocotools import mask
+
+    pixels = np.zeros((40, 48), np.uint8, order='F')
+    pixels[4:24, 4:20] = 1
+    packed = mask.encode(pixels)
+    polygon = [4, 4, 20, 4, 20, 24]
+    kept = [
+        dict(size=[40, 48], counts=packed['counts'].decode()),
+        dict(size=[40, 48], counts=[164, 20, 1736]),
+        polygon,
+        [polygon, [1, 2]],
+    ]
+
+    def change(content):
+        for annotation, own in zip(content['annotations'], kept, strict=False):
+            annotation['segmentation'] = own
+
+    found, findings = coco(change)
+    assert not findings.problems
+    masks = [a['segmentation'] for a in found.sets[0].content['annotations'][:4]]
+    assert masks == [*kept[:2], [polygon], [polygon]] and found.sets[0].changed
+
+
+def test_what_training_does_not_learn_from(coco):
+    def crowds(content):
+        for annotation in content['annotations']:
+            annotation['iscrowd'] = 1
+
+    assert any('has no objects' in p.text for p in coco(crowds)[1].problems)
+
+
+def test_names_that_hold_the_folder(coco, tmp_path):
+    def change(content):
+        for image in content['images']:
+            image['file_name'] = f'images/{image["file_name"]}'
+
+    texts = [p.text for p in coco(change)[1].problems]
+    assert f'--images {tmp_path} has it' in texts[0]
+
+
+def test_another_encoding(coco, tmp_path):
+    coco()
+    path = tmp_path / 'train.json'
+    path.write_text(path.read_text(), encoding='utf-8-sig')
+    found, findings = survey_detection([(path, tmp_path / 'images')])
+    assert not findings.problems and found.sets[0].changed
+
+
 def test_files_that_are_not_coco(tmp_path):
     (tmp_path / 'images').mkdir()
     path = tmp_path / 'a.json'
@@ -502,6 +671,11 @@ def test_files_that_are_not_coco(tmp_path):
         ('{', 'is not JSON'),
         ('[]', 'has no images or annotations or categories'),
         ('{"images": [], "annotations": [], "categories": [{}]}', 'it has no images'),
+        ('{"images": [null], "annotations": [], "categories": [1]}', '1 of the images are'),
+        (
+            '{"images": [{"id": []}], "annotations": [], "categories": [1]}',
+            'are no objects',
+        ),
     ):
         if text is not None:
             path.write_text(text)

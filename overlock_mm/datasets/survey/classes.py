@@ -11,6 +11,7 @@ from ...errors import UserError
 from .images import Findings, Problem, listed
 
 _LINE = re.compile(r'(.+?)(?:[,:\t]\s*(\d+)(?:[,\s]+(\d+)[,\s]+(\d+))?[,:\s]*)?')
+_MOST_UNNAMED = 100
 _HOW = '--classes FILE, with lines such as road,7 or road,128,64,128'
 
 
@@ -22,11 +23,13 @@ class Classes:
         names: one for each class.
         values: what the pixels of each hold, an int or a colour (red, green, blue).
         palette: a colour for each.
+        are_indices: whether pixels hold the index of their class, or 255 to be ignored.
     """
 
     names: list[str] = field(default_factory=list)
     values: list = field(default_factory=list)
     palette: list[tuple[int, int, int]] = field(default_factory=list)
+    are_indices: bool = True
 
 
 class _Tally:
@@ -76,8 +79,16 @@ def find_classes(
         return Classes()
     names = [name for name, _ in given or ()]
     values = [value for _, value in given or ()]
+    if len(names) == 1:
+        text = f'{names[0]} is the only class'
+        found.problems.append(Problem(text, 'Name what surrounds it, too: background,name'))
+        return Classes()
     if given and None not in values:
-        _check_values(values, values, tally, ignore, found)
+        both = [value for value in values if value in ignore and value != 255]
+        if both:
+            text = f'{listed(both)} is the value of a class, and is to be ignored'
+            found.problems.append(Problem(text, 'Change --classes or --ignore'))
+        _check_values(values, tally, ignore, found)
     elif given and colors:
         found.problems.append(
             Problem(
@@ -92,48 +103,74 @@ def find_classes(
         numbers = (v for v in range(256) if v not in ignore)
         values = [v for v, _ in zip(numbers, names, strict=False)]
         in_order = sorted(v for v in tally.pixels if v not in ignore)
-        if len(in_order) != len(names):
-            in_order = values
-        _check_values(values, in_order, tally, ignore, found)
-        values = in_order if fix else values
+        if len(in_order) < len(names):  # such as 0, and 255 for an object
+            in_order = sorted(tally.pixels)
+        if len(in_order) == len(names) and in_order != values:
+            _order_values(values, in_order, tally, found)
+            values = in_order if fix else values
+        else:
+            _check_values(values, tally, ignore, found)
     else:
         values = _found_values(tally, ignore, found)
         names = [_name(value) for value in values]
     if len(names) > 255:
         text = f'there are {len(names)} classes'
         found.problems.append(Problem(text, 'Label maps can tell 255 apart'))
-    classes = Classes(names, values, _palette(values, maps))
+    classes = Classes(names, values, _palette(values, maps, found))
+    others = {value for value in tally.pixels if value not in values}
+    classes.are_indices = values == list(range(len(names))) and others <= {255}
     _describe(classes, tally, found)
     return classes
 
 
-def _check_values(values, fixed, tally: _Tally, ignore, found: Findings) -> None:
-    """All values must be of a class, or ignored; ``fixed`` are those that --fix takes."""
+def _check_values(values, tally: _Tally, ignore, found: Findings) -> None:
+    """All values must be of a class, or ignored."""
     extra = [v for v in tally.pixels if v not in values and v not in ignore]
     if extra:
         are = 'label values' if len(extra) > 1 else 'label value'
-        classes = f'the {len(values)} classes have {listed(values)}'
-        in_order = f'take {listed(fixed)} for the classes, in this order'
+        used = [v for v in tally.pixels if v in values]
         found.problems.append(
             Problem(
-                f'{are} {listed(sorted(extra))} of no class ({tally.where(extra[0])}; '
-                f'{classes})',
+                f'{are} {listed(sorted(extra))} of no class ({tally.where(extra[0])}; the '
+                f'{len(values)} classes have {listed(values)})',
                 f'Add classes, give their values by {_HOW}, or name values in --ignore',
-                'ignore these pixels' if fixed is values else in_order,
+                'ignore these pixels' if len(used) > 1 else '',
             )
         )
+
+
+def _order_values(values, in_order, tally: _Tally, found: Findings) -> None:
+    """As many values as classes, and not those that the classes should have."""
+    extra = [value for value in in_order if value not in values]
+    found.problems.append(
+        Problem(
+            f'the label values {listed(in_order)} are not those of the {len(values)} '
+            f'classes, {listed(values)} ({tally.where((extra or in_order)[0])})',
+            f'Give {_HOW}',
+            f'take {listed(in_order)} for the classes, in this order',
+        )
+    )
 
 
 def _found_values(tally: _Tally, ignore, found: Findings) -> list:
     """The values that are classes where none were given."""
     values = sorted(v for v in tally.pixels if v not in ignore)
-    if values == list(range(len(values))) and len(values) > 1:
+    if values == list(range(len(values))) and 1 < len(values) <= _MOST_UNNAMED:
         return values
     if len(values) < 2:  # such as 0, and 255 for an object
         values = sorted(tally.pixels)
     if len(values) < 2:
         found.problems.append(
             Problem(f'all pixels have the label {listed(values)}', f'Give {_HOW}')
+        )
+        return values
+    if len(values) > _MOST_UNNAMED:
+        found.problems.append(
+            Problem(
+                f'label maps hold {len(values)} values, as photos do '
+                f'({tally.where(values[-1])})',
+                f'Give the folder of the label maps, or name all classes: {_HOW}',
+            )
         )
         return values
     kind = 'colours' if isinstance(values[0], tuple) else 'values'
@@ -175,10 +212,24 @@ def _describe(classes: Classes, tally: _Tally, found: Findings) -> None:
             found.warnings.append(f'{name} covers more than 99% of all pixels')
 
 
-def _palette(values, maps) -> list[tuple[int, int, int]]:
+def _palette(values, maps, found: Findings) -> list[tuple[int, int, int]]:
     """A colour for each class: that of its label, of the files' palette, or a new one."""
     known = {value: value for value in values if isinstance(value, tuple)}
     for label_map in maps:
+        other = [
+            v for v, color in label_map.palette.items() if known.get(v, color) != color
+        ]
+        if other:
+            found.problems.append(
+                Problem(
+                    f'palettes give one value several colours: {other[0]} is '
+                    f'{label_map.palette[other[0]]} in {label_map.path}, and '
+                    f'{known[other[0]]} in another file',
+                    'Check that the values mean the same in all files',
+                    'take the values for the classes, whatever their colours',
+                )
+            )
+            return make_palette(len(values))
         known |= label_map.palette
     palette = [known.get(value) for value in values]
     usable = None not in palette and len(set(palette)) == len(palette)
@@ -211,14 +262,12 @@ def read_classes(text: str) -> list[tuple[str, object]]:
     """
     path = Path(text).expanduser()
     if path.is_file():
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
-        lines = [line for line in lines if line.strip() and not line.startswith('#')]
-        classes = []
-        for line in lines:
-            name, *numbers = _LINE.fullmatch(line.strip()).groups()
-            numbers = tuple(int(n) for n in numbers if n is not None)
-            value = {0: None, 1: numbers[0] if numbers else None}.get(len(numbers), numbers)
-            classes.append((name.strip(), value))
+        try:
+            lines = path.read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f'--classes {text} is not in UTF-8 ({error})') from error
+        lines = [line.strip() for line in lines]
+        classes = [_class_of(line, text) for line in lines if line and line[0] != '#']
     elif ',' not in text and (Path(text).suffix or '/' in text):
         raise UserError(
             f'--classes {text} does not exist; give a file with one name a line, or names '
@@ -227,16 +276,34 @@ def read_classes(text: str) -> list[tuple[str, object]]:
     else:
         classes = [(name.strip(), None) for name in text.split(',')]
     names = Counter(name for name, _ in classes)
-    bad = [name for name, n in names.items() if n > 1 or not name]
-    if bad or not classes:
-        raise UserError(
-            f'--classes {text}: {"a name is empty" if "" in names else "stands twice"}'
-            f'{"" if "" in names else ": " + listed(bad)}; give each class one name'
-        )
-    values = {type(value) for _, value in classes}
-    if len(values) > 1:
+    if '' in names or not classes:
+        raise UserError(f'--classes {text}: a name is empty, or there are none')
+    kinds = {type(value) for _, value in classes}
+    if len(kinds) > 1:
         raise UserError(
             f'--classes {text}: some classes have a value and others none, or a colour; '
             'write the same for all'
         )
+    values = Counter(value for _, value in classes if value is not None)
+    twice = [item for item, n in (*names.items(), *values.items()) if n > 1]
+    if twice:
+        raise UserError(f'--classes {text}: {listed(twice)} stands twice')
     return classes
+
+
+def _class_of(line: str, text: str) -> tuple[str, object]:
+    """Name and value of a line."""
+    name, *numbers = _LINE.fullmatch(line).groups()
+    numbers = tuple(int(number) for number in numbers if number is not None)
+    if (
+        re.search(r'[,\t]', name)
+        or re.match(r'\d+[ :]', line)
+        or max(numbers, default=0) > 255
+    ):
+        raise UserError(
+            f'--classes {text}: {line!r} is none of NAME, NAME,VALUE and '
+            'NAME,RED,GREEN,BLUE, with values of 0 to 255'
+        )
+    if len(numbers) > 1:
+        return name.strip(), numbers
+    return name.strip(), numbers[0] if numbers else None

@@ -23,6 +23,7 @@ from .images import (
 )
 
 _PARTS = ('images', 'annotations', 'categories')
+_ID = int | float | str | None
 
 
 @dataclass
@@ -93,19 +94,20 @@ def survey_detection(
             raise UserError(f'{folder} is not a folder; give the folder of the images')
         content = _read(path)
         before = copy.deepcopy(content)
+        if json.detect_encoding(path.read_bytes()) != 'utf-8':
+            before = None  # pycocotools reads nothing else
         _check(path, content, found)
         own = in_parallel(look_at_image, _image_files(folder, content), 'images')
-        sizes += [(i.get('width'), i.get('height')) for i in content['images']]
+        sizes += [_size(image) for image in content['images']]
         for image, entry in zip(own, content['images'], strict=True):
             if not image.path.is_file():
-                image.error = 'there is no such file'
-            elif not entry.get('width') or not entry.get('height'):
+                image.error = 'there is no such file' + _where(folder, entry)
+            elif not _size(entry):
                 entry['width'], entry['height'] = image.shown_size
         looks += own
         sets.append(CocoSet(path, folder, content, content != before, own, []))
     for own in sets:
         found.facts.append(('images', f'{len(own.content["images"])} in {own.folder}'))
-    sizes = [size if all(size) else None for size in sizes]
     if None in sizes:
         path = next(i.path for i, size in zip(looks, sizes, strict=True) if size is None)
         found.problems.append(
@@ -138,17 +140,41 @@ def _read(path: Path) -> dict:
         raise UserError(f'{path} does not exist; give a COCO file (.json)')
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not JSON ({error}); give a COCO file') from error
     parts = content if isinstance(content, dict) else {}
     missing = [name for name in _PARTS if not isinstance(parts.get(name), list)]
     missing += [name for name in _PARTS[::2] if not missing and not content[name]]
+    for name in _PARTS if not missing else ():
+        odd = [item for item in content[name] if not _is_item(item)]
+        if odd:
+            raise UserError(
+                f'{path}: {len(odd)} of the {name} are no objects with an id that is a '
+                f'number or a string, the first: {str(odd[0])[:80]}; export them again'
+            )
     if missing:
         raise UserError(
             f'{path} is not a COCO file for training: it has no {" or ".join(missing)}; '
             'export the annotations in the format of COCO instances'
         )
     return content
+
+
+def _is_item(item) -> bool:
+    ids = [item.get(key) for key in ('id', 'image_id', 'category_id')] if item else [[]]
+    return isinstance(item, dict) and all(isinstance(i, _ID) for i in ids)
+
+
+def _size(image: dict) -> tuple[int, int] | None:
+    """Width and height that the file gives, if it does."""
+    size = image.get('width'), image.get('height')
+    return size if all(isinstance(n, int | float) and n > 0 for n in size) else None
+
+
+def _where(folder: Path, entry: dict) -> str:
+    """A hint, if the name of an image has the folder in it."""
+    found = (folder.parent / str(entry.get('file_name'))).is_file()
+    return f'; --images {folder.parent} has it' if found else ''
 
 
 def _image_files(folder: Path, content: dict) -> list[Path]:
@@ -213,6 +239,15 @@ def _check(path: Path, content: dict, found: Findings) -> None:
         f'with a category_id that is not in {listed(sorted(categories, key=str))}',
         'Add the categories',
     )
+    other_type = {str(i): i for i in images}
+    checks.change(
+        'annotations',
+        lambda a: a.get('image_id') not in images and str(a.get('image_id')) in other_type,
+        lambda a: a.update(image_id=other_type[str(a['image_id'])]),
+        'with an image_id of another type than the id of the image',
+        'Write both as numbers',
+        'write the id of the image',
+    )
     checks.drop(
         'annotations',
         lambda a: a.get('image_id') not in images,
@@ -247,11 +282,18 @@ def _check(path: Path, content: dict, found: Findings) -> None:
         'Correct it',
         'take the area of the box',
     )
+    for annotation in content['annotations']:
+        polygons = annotation.get('segmentation')
+        if isinstance(polygons, list) and _is_polygon(polygons):  # one alone
+            annotation['segmentation'] = [polygons]
+        elif isinstance(polygons, list) and any(map(_is_polygon, polygons)):
+            annotation['segmentation'] = [p for p in polygons if _is_polygon(p)]
     checks.change(
         'annotations',
-        lambda a: a.get('segmentation') and not _is_mask(a['segmentation']),
+        lambda a: a.get('segmentation') and not _is_mask(a, images[a['image_id']]),
         lambda a: a.update(segmentation=[_outline(a['bbox'])]),
-        'with a polygon of fewer than 3 points',
+        'with a mask that is not one of 3 points or more in the box, or of the size of the '
+        'image',
         'Correct them',
         'take the outline of the box',
     )
@@ -269,17 +311,46 @@ def _is_box(box) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, int | float) and math.isfinite(v) for v in box)
+        and all(isinstance(v, int | float) and abs(v) < 1e9 for v in box)
     )
 
 
-def _is_mask(segmentation) -> bool:
+def _is_polygon(polygon) -> bool:
+    return (
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(isinstance(v, int | float) and abs(v) < 1e9 for v in polygon)
+    )
+
+
+def _is_mask(annotation: dict, image: dict) -> bool:
+    segmentation = annotation['segmentation']
     if isinstance(segmentation, dict):  # run lengths
-        return {'counts', 'size'} <= set(segmentation)
-    return all(
-        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        for polygon in segmentation
-    )
+        counts, size = segmentation.get('counts'), segmentation.get('size')
+        if not isinstance(size, list) or _size(image) not in (None, tuple(size[::-1])):
+            return False
+        if isinstance(counts, list):
+            return all(isinstance(n, int) for n in counts) and sum(counts) == math.prod(
+                size
+            )
+        return isinstance(counts, str) and _decodes(segmentation)
+    if not isinstance(segmentation, list) or not all(map(_is_polygon, segmentation)):
+        return False
+    points = np.concatenate(segmentation).reshape(-1, 2)
+    x, y, w, h = annotation['bbox']
+    return bool((points.min(0) <= (x + w, y + h)).all() and (points.max(0) >= (x, y)).all())
+
+
+def _decodes(run_lengths: dict) -> bool:
+    try:
+        from pycocotools import mask
+    except ModuleNotFoundError:  # only detection needs it, which is not installed
+        return True
+    try:
+        return mask.decode(run_lengths).shape == tuple(run_lengths['size'])
+    except ValueError:
+        return False
 
 
 def _outline(box: list) -> list:
@@ -293,8 +364,7 @@ def _check_boxes(checks: _Checks, images: dict) -> None:
     def sides(annotation) -> tuple[float, float]:
         """Width and height of what is inside of the image."""
         x, y, w, h = annotation['bbox']
-        image = images[annotation['image_id']]
-        right, bottom = image.get('width') or math.inf, image.get('height') or math.inf
+        right, bottom = _size(images[annotation['image_id']]) or (math.inf, math.inf)
         return min(x + w, right) - max(x, 0), min(y + h, bottom) - max(y, 0)
 
     boxes = [a['bbox'] for a in checks.content['annotations']]
@@ -351,7 +421,9 @@ def _classes(sets: list[CocoSet], wanted, found: Findings) -> list[str]:
     names = [category.get('name') for category in sets[0].content['categories']]
     for own in sets[1:]:
         others = [category.get('name') for category in own.content['categories']]
-        if others != names:
+        if [n for n in others if not wanted or n in wanted] != [
+            n for n in names if not wanted or n in wanted
+        ]:
             odd = sorted(set(map(str, names)) ^ set(map(str, others)))
             found.problems.append(
                 Problem(
@@ -371,7 +443,10 @@ def _classes(sets: list[CocoSet], wanted, found: Findings) -> list[str]:
 
 def _check_masks(sets: list[CocoSet], names, boxes_only: bool, found: Findings) -> bool:
     """Whether the annotations have masks: all of them, or none."""
-    annotations = [a for own in sets for a in own.content['annotations']]
+    annotations = []
+    for own in sets:
+        ids = {c.get('id') for c in own.content['categories'] if c.get('name') in names}
+        annotations += [a for a in own.content['annotations'] if a['category_id'] in ids]
     without = [a for a in annotations if not a.get('segmentation')]
     if boxes_only or len(without) == len(annotations):
         return False
@@ -398,15 +473,16 @@ def _describe(sets: list[CocoSet], names, has_masks: bool, found: Findings) -> N
         for annotation in own.content['annotations']:
             name = name_of.get(annotation['category_id'])
             boxes[name] += 1
-            in_image.setdefault(annotation['image_id'], set()).add(name)
+            if not annotation.get('iscrowd'):  # which nothing is learned from
+                in_image.setdefault(annotation['image_id'], set()).add(name)
         own.classes_of = [in_image[i.get('id')] & set(names) for i in own.content['images']]
         images_of.update(name for present in own.classes_of for name in present)
         empty = sum(not present for present in own.classes_of)
         count = len(own.content['images'])
         if empty:
             found.warnings.append(
-                f'{own.path}: images without objects, which training leaves out '
-                f'(filter_cfg): {empty} of {count}'
+                f'{own.path}: images without objects: {empty} of {count}'
+                + ', which training leaves out (filter_cfg)' * (own is sets[0])
             )
         if empty == count:
             found.problems.append(

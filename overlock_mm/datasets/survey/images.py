@@ -1,11 +1,11 @@
 """Images: whether they can be read, sizes, channels, and a division of them."""
 
+import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from os import cpu_count
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.pgm', '
 _TIFF = ('.tif', '.tiff')
 # Pixels of an image, at most, of which mean and standard deviation are computed.
 _PIXELS = 2**18
+# Larger values mark holes in satellite images, as what is not finite does.
+LARGEST = 1e30
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that swap width and height
 
@@ -147,15 +149,16 @@ def _look_at_photo(image: Image) -> None:
         if file.format == 'JPEG':  # read all of it, but compute little
             file.draft(file.mode, (file.width // 8, file.height // 8))
         file.load()
-    array = None
-    if image.mode.startswith('I') or image.mode == 'RGB' and file.format == 'PNG':
+    content = image.path.read_bytes()
+    deep = content[24:25] == b'\x10' if file.format == 'PNG' else file.format == 'PPM'
+    if deep or image.mode.startswith('I'):
         import cv2  # Pillow reads 16-bit colours as 8 bits
 
-        array = cv2.imread(str(image.path), cv2.IMREAD_UNCHANGED)
-    if array is not None and array.dtype != np.uint8:
-        channels = 1 if array.ndim == 2 else array.shape[2]
-        image.layout = Layout(channels, str(array.dtype))
-        _sum(image, array.reshape(-1, channels))
+        array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        if array is not None and array.dtype != np.uint8:
+            channels = 1 if array.ndim == 2 else array.shape[2]
+            image.layout, image.orientation = Layout(channels, str(array.dtype)), 1
+            _sum(image, array.reshape(-1, channels))
 
 
 def _look_at_tiff(image: Image) -> None:
@@ -166,9 +169,19 @@ def _look_at_tiff(image: Image) -> None:
             f'{image.path}: tifffile is not installed; run: pip install tifffile'
         ) from error
     with tifffile.TiffFile(image.path) as file:
-        series = file.series[0]
-        array, axes = series.asarray(), series.axes
-        image.orientation = int(getattr(file.pages[0].tags.get(_ORIENTATION), 'value', 1))
+        series, page = file.series[0], file.pages[0]
+        image.orientation = int(getattr(page.tags.get(_ORIENTATION), 'value', 1))
+        axes = series.axes
+        try:
+            array = series.asarray()
+        except ValueError as error:
+            if 'imagecodecs' not in str(error):
+                raise
+            if page.dtype != np.uint8 or series.shape[2:] not in ((), (1,), (3,)):
+                raise ValueError(f'{error}; run: pip install imagecodecs') from error
+            with PillowImage.open(image.path) as photo:  # OpenCV will read it, too
+                array = np.array(photo.convert('RGB'))
+                axes = 'YXS'
     if array.ndim not in (2, 3):
         raise ValueError(
             f'it has axes {axes} of {array.shape}, and an image has two or three'
@@ -179,13 +192,14 @@ def _look_at_tiff(image: Image) -> None:
     image.size = array.shape[1], array.shape[0]
     if array.dtype != np.uint8 or channels not in (1, 3) or planar:
         image.layout = Layout(channels, str(array.dtype), True, planar)
+        image.orientation = 1  # tifffile leaves it alone
         _sum(image, array.reshape(-1, channels))
 
 
 def _sum(image: Image, pixels: np.ndarray) -> None:
     """Number, sum and sum of squares of an image's pixels ``(N, C)``, as ``(3, C)``."""
     pixels = pixels[:: max(1, len(pixels) // _PIXELS)].astype(np.float64)
-    finite = np.isfinite(pixels)
+    finite = np.abs(pixels) < LARGEST
     image.has_holes = not finite.all()
     pixels = np.where(finite, pixels, 0)
     image.sums = np.stack([finite.sum(0), pixels.sum(0), (pixels**2).sum(0)])
@@ -205,7 +219,7 @@ def mean_and_std(images: Iterable[Image]) -> tuple[list[float], list[float]]:
 
 def in_parallel(function: Callable, items: Sequence, what: str) -> list:
     """The results of a function for all items, in order, with a progress bar."""
-    with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(
             tqdm(pool.map(function, items), what, len(items), leave=False, unit=' files')
         )
@@ -216,9 +230,13 @@ def list_images(folder: Path) -> tuple[list[Path], Counter]:
     if not folder.is_dir():
         raise UserError(f'{folder} is not a folder; give the folder of the files')
     images, others = [], Counter()
-    for path in sorted(folder.rglob('*')):
-        if path.name.startswith('.') or not path.is_file():
-            continue
+    for path in sorted(_files(folder)):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f'{os.fsencode(path)!r} is not in UTF-8; rename files with such names'
+            ) from error
         if path.suffix.lower() in SUFFIXES:
             images.append(path)
         else:
@@ -230,6 +248,13 @@ def list_images(folder: Path) -> tuple[list[Path], Counter]:
             'another folder, or convert the files'
         )
     return images, others
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, but for hidden ones; links are followed."""
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        yield from (Path(root, name) for name in names if not name.startswith('.'))
 
 
 def check_images(images: list[Image], labelled_sizes: list, found: Findings) -> dict:
@@ -346,7 +371,10 @@ def _check_sizes(images, readable, labelled_sizes, loading, found: Findings) -> 
                 f'labels are not: {len(stored)}, the first: {stored[0].path} (orientation '
                 f'{stored[0].orientation})',
                 'Save them without the tag',
-                'load all images as they are stored',
+                # OpenCV always turns TIFF files
+                'load all images as they are stored'
+                if not any(image.path.suffix.lower() in _TIFF for image in stored)
+                else '',
             )
         )
     if stored and shown:
@@ -393,13 +421,14 @@ def split(classes_of: Sequence[set], share: float, seed: int) -> tuple[list, lis
     if count < 2:
         raise UserError(f'{count} usable images cannot be divided; give 2 or more')
     generator = np.random.default_rng(seed)
-    held_out, best = max(1, round(share * count)), (-1, None)
+    held_out, best = min(max(1, round(share * count)), count - 1), ((-1, -1), None)
     for _ in range(50):
         order = generator.permutation(count)
         parts = order[held_out:], order[:held_out]
         train, val = (set().union(*(classes_of[i] for i in part)) for part in parts)
-        if len(train & val) > best[0]:
-            best = len(train & val), parts
+        covered = len(train & val), len(train)
+        if covered > best[0]:
+            best = covered, parts
     return tuple(sorted(part.tolist()) for part in best[1])
 
 

@@ -170,7 +170,7 @@ def pair_files(
         stems.setdefault(name[: len(name) - len(suffix)], []).append((path, suffix))
     names = {path.relative_to(masks).as_posix(): path for path in mask_files}
     suffixes = [mask_suffix] if mask_suffix else _mask_suffixes(stems, names)
-    pairs, missing, double = [], [], []
+    pairs, missing, double, odd = [], [], [], []
     for stem, files in sorted(stems.items()):
         own = [s for s in suffixes if stem + s in names]
         own = [s for s in own if names[stem + s] not in [path for path, _ in files]]
@@ -178,16 +178,27 @@ def pair_files(
             missing.append(files[0][0])
         elif len(files) > 1 or len(own) > 1:
             double.append([path for path, _ in files] + [names[stem + s] for s in own])
+        elif stem != stem.strip() or not stem.isprintable():
+            odd.append(files[0][0])
         else:
             path, suffix = files[0]
             pairs.append(Pair(stem, path, names[stem + own[0]], (suffix, own[0])))
-    if not pairs and not double:
+    if not pairs and not double and not odd:
         raise UserError(
             f'no label map in {masks} has the name of an image in {images}: there are '
             f'{listed(sorted(names), 2)} and {listed(sorted(stems), 2)}. Rename the files, '
             'or say how names end: --image-suffix _image.png --mask-suffix _label.png'
         )
     _report_pairs(images, pairs, missing, double, others, found)
+    if odd:
+        found.problems.append(
+            Problem(
+                f'names that begin or end with a space, or hold a line end: {len(odd)}, '
+                f'the first: {str(odd[0])!r}',
+                'Rename these files',
+                'leave them out',
+            )
+        )
     taken = {pair.label_map for pair in pairs} | {path for own in double for path in own}
     extra = [p for p in mask_files if p not in taken and p not in image_files]
     if extra:
@@ -208,7 +219,13 @@ def _mask_suffixes(stems: dict, names: dict) -> list[str]:
             if name[:i] in stems:
                 endings[name[i:]] += 1
                 break
-    return [suffix for suffix, _ in endings.most_common(1)]
+    first = endings.most_common(2)
+    if len(first) == 2 and first[0][1] == first[1][1]:
+        raise UserError(
+            f'label maps could be those that end in {first[0][0]} or in {first[1][0]}; say '
+            f'which: --mask-suffix {first[0][0]}'
+        )
+    return [suffix for suffix, _ in first[:1]]
 
 
 def _cut(name: str) -> tuple[str, str]:
