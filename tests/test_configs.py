@@ -338,7 +338,11 @@ for task in ('segmentation', 'detection'):
     [
         ('mmdet::_base_/default_runtime.py', ['MMDetection is not installed', 'pip']),
         # where its package has another name than mmengine and this project know
-        ('mmseg::_base_/default_runtime.py', ["'mmseg::...'", 'write the path']),
+        pytest.param(
+            'mmseg::_base_/default_runtime.py',
+            ["'mmseg::...'", 'write the path'],
+            marks=pytest.mark.dev_stack,
+        ),
     ],
 )
 def test_base_files_of_a_toolbox_that_is_not_found(tmp_path, monkeypatch, base, words):

@@ -125,6 +125,7 @@ def test_the_examples_of_the_block():
     assert contmix['mixed'].shape == (2, 64, 20, 30)
 
 
+@pytest.mark.dev_stack
 def test_the_table_of_families():
     """Its counts are those of its rows, and each family of the toolboxes has one."""
     _, detection, segmentation = (ROOT / 'docs/families.md').read_text().split('\n## ')

@@ -225,6 +225,7 @@ def test_pretrained(tiny_arch, tmp_path, wrapper, deploy):
     assert filtered.keys() == source.state_dict().keys()
 
 
+@pytest.mark.dev_stack
 @pytest.mark.parametrize('kind', ['file', 'url'])
 def test_pretrained_file_of_a_training_script(tiny_arch, tmp_path, monkeypatch, kind):
     """It holds arguments and a metric beside last and averaged weights."""
@@ -619,6 +620,7 @@ def test_fold_a_real_model(kwargs):
             assert relative_error(out, needed) < 1e-4
 
 
+@pytest.mark.dev_stack
 @pytest.mark.parametrize('folded', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_exports(folded):
     model, x = tiny().eval(), image(1, 3, 64, 96)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -276,7 +277,7 @@ def _model_step(options, make, backend, size, layout) -> Step:
 
     def step():
         set_contmix_backend(backend)  # of the whole process, and the sides alternate
-        autocast = torch.autocast(options.device, dtype, options.amp)
+        autocast = torch.autocast(options.device, dtype) if options.amp else nullcontext()
         with torch.set_grad_enabled(train), autocast:
             maps = model(images)
         if train:

@@ -156,9 +156,10 @@ class Layer(torch.nn.Conv2d):
     'options, dtypes',
     [
         (TrainStepOptions(**TRAIN_STEP), (torch.float32, torch.float32)),
-        (
+        pytest.param(
             TrainStepOptions(**TRAIN_STEP, dtype='bfloat16'),
             (torch.bfloat16, torch.bfloat16),
+            marks=pytest.mark.dev_stack,
         ),
         (
             TrainStepOptions(**TRAIN_STEP, dtype='bfloat16', amp=True),

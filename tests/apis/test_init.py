@@ -37,7 +37,9 @@ DETECTOR = {
     **SMALL,
     'model.neck.in_channels': CHANNELS,
     'model.train_cfg.rpn_proposal.nms_pre': 50,
+    'model.test_cfg.rpn.max_per_img': 20,
     'model.test_cfg.rcnn.score_thr': 0.0,
+    'model.test_cfg.rcnn.max_per_img': 4,
     'train_cfg.max_epochs': 1,
     'train_cfg.val_interval': 1,
 }

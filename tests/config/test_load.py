@@ -136,7 +136,7 @@ def test_work_dir(tmp_path, monkeypatch, given, entry, expected):
 @pytest.mark.parametrize(
     'absent, config, message',
     [
-        ('mmcv', SEGMENTATION, 'mmcv is not installed.*pip install.*onedl-mmcv'),
+        ('mmcv', SEGMENTATION, 'mmcv is not installed.*pip install.*mmcv'),
         ('mmseg', SEGMENTATION, 'MMSegmentation is not installed.*mmsegmentation'),
         ('mmdet', DETECTION, 'MMDetection is not installed.*mmdet'),
         ('mmcv._ext', DETECTION, 'without its compiled ops.*MMCV_WITH_OPS=1'),

@@ -286,6 +286,7 @@ def test_several_optimizers(tmp_path):
         assert set(content['optimizer']) == {'first', 'second'}
 
 
+@pytest.mark.dev_stack
 def test_loss_scaling(tmp_path):
     """What AmpOptimWrapper saves of its scaler; it cannot be built without a GPU."""
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)

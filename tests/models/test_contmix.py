@@ -202,6 +202,7 @@ def test_a_projection_that_is_not_affine(training):
     assert module.weight_proj.training or not training
 
 
+@pytest.mark.dev_stack
 def test_an_adapter_compiles():
     module = mixer()
     module.weight_proj = randomised(Lora(module.weight_proj)).eval()

@@ -298,6 +298,7 @@ def test_channels_last_throughout():
     assert len(seen) > 200
 
 
+@pytest.mark.dev_stack
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite(dtype):
     """With the largest maps that are usual, whose channels' norms are beyond float16."""
