@@ -1,6 +1,5 @@
 """The wheel: what it carries, and a training with it outside of the repository."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -88,8 +87,7 @@ def test_it_is_found(installed):
     )
     path, arch = installed('python', '-c', code).split()
     assert not Path(path).is_relative_to(ROOT) and 'site-packages' in path and arch == 't'
-    report = json.loads(installed('overlock', 'doctor', '--json'))
-    assert report['ok'], report
+    assert installed('overlock', '--version').startswith('overlock_mm ')
 
 
 def test_training_in_an_empty_folder(installed):

@@ -17,6 +17,7 @@ from overlock_mm.apis.train import train
 from overlock_mm.config.load import load_config
 from overlock_mm.errors import UserError
 
+TASKS = ['segmentation', pytest.param('detection', marks=pytest.mark.slow)]
 PARTS = ('images', 'annotations')
 ENDS = ['.py', '_train.txt', '_val.txt']
 # a small backbone and a short run: what is not of the data
@@ -103,7 +104,7 @@ def test_binary_masks_with_other_names(scenes, capsys):
     assert sorted(sum(lists, [])) == list('012345')
 
 
-@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+@pytest.mark.parametrize('task', TASKS)
 def test_multispectral_images(scenes, coco, task):
     """Five channels of 16 bits in planes, beside a colour for each class."""
     for folder in ('images', 'masks'):
@@ -247,7 +248,7 @@ def test_the_options(tmp_path, monkeypatch):
     assert cfg.train_dataloader.num_workers == 1
 
 
-@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+@pytest.mark.parametrize('task', TASKS)
 def test_the_preset_for_small_gpus_trains(coco, monkeypatch, task):
     """On the CPU, with mmengine's refusal of it out of the way."""
     monkeypatch.setattr('overlock_mm.apis.train.get_device', lambda: 'cuda')

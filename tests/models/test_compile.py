@@ -31,7 +31,8 @@ def test_compiles_without_graph_breaks(form):
     check_same(compiled(model)(x), model(x))
 
 
-@pytest.mark.parametrize('with_cp', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('with_cp', [False, True])
 def test_compiled_training_step(with_cp):
     """Outputs, gradients and running statistics are those of the eager model."""
     x, results = image(2, 3, 64, 64).double(), []
