@@ -11,6 +11,13 @@ from torch import nn
 # The configs of this package: a copy in a wheel, links in an editable installation.
 CONFIGS = Path(__file__).parent / '.mim/configs'
 
+
+def config_path(config: str | Path) -> Path:
+    """The file of a config, which may be given as ``'overlock_mm::NAME.py'``."""
+    package, mark, name = str(config).partition('::')
+    return CONFIGS / name if mark and package == 'overlock_mm' else Path(config)
+
+
 try:
     from mmengine.config import Config, ConfigDict
     from mmengine.config.utils import MODULE2PACKAGE
@@ -87,9 +94,8 @@ else:
         The second value is None: the base gets no scope of its own, as it needs the
         toolbox's.
         """
-        package, mark, name = cfg_path.partition('::')
-        if mark and package == 'overlock_mm':
-            return str(CONFIGS / name), None
+        if cfg_path.startswith('overlock_mm::'):
+            return str(config_path(cfg_path)), None
         return _find_config(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(_get_cfg_path)
@@ -106,6 +112,7 @@ __all__ = [
     'ConfigDict',
     'HistoryBuffer',
     'PretrainedInit',
+    'config_path',
     'print_log',
     'update_init_info',
 ]

@@ -17,6 +17,7 @@ from ..config.edit import without_pretrained
 from ..config.load import read_config, register_modules, toolbox_of
 from ..config.swap import find_backbone, swap
 from ..errors import UserError
+from ..openmmlab import config_path
 from .files import check_output
 
 
@@ -55,7 +56,7 @@ def write_swapped(
     path = Path(out or f'{Path(config).stem}_{name}.py')
     if not dry_run:
         path = check_output(path, ('.py',), force)
-        if path.exists() and path.samefile(config):
+        if path.exists() and path.samefile(config_path(config)):
             raise UserError(f'{path} is the given config; choose another --out')
     new, notes = swap(old, arch, **options)
     if build:

@@ -9,6 +9,8 @@ from pathlib import Path
 from mmengine.config import Config
 from yapf.yapflib.yapf_api import FormatCode
 
+from ..openmmlab import config_path
+
 _STYLE = dict(
     based_on_style='pep8',
     column_limit=92,
@@ -53,7 +55,7 @@ def derived_config(base: str | Path, old: Config, new: Config, out: str | Path) 
 
 def is_pure_python(config: str | Path) -> bool:
     """Whether a config is one of mmengine's pure-Python configs."""
-    path = Path(config)
+    path = config_path(config)
     return path.suffix == '.py' and bool(Config._is_lazy_import(str(path)))
 
 
@@ -118,6 +120,8 @@ def _inline(value) -> str:
 
 def _inherited(base: str | Path, out: str | Path) -> str:
     """How ``_base_`` names a file: by its toolbox where mmengine finds it."""
+    if str(base).startswith('overlock_mm::'):
+        return str(base)
     base = Path(base).resolve()
     for toolbox, package in (('mmdet', 'mmdet'), ('mmseg', 'mmsegmentation')):
         spec = importlib.util.find_spec(toolbox)

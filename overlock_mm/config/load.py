@@ -13,7 +13,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS, RUNNERS, init_default_scope
 
 from ..errors import UserError
-from ..openmmlab import CONFIGS
+from ..openmmlab import config_path
 from .edit import add_imports, expand_user, loading_options
 
 # name, and its packages in the two families that own the same import names
@@ -118,8 +118,7 @@ def load_config(config: str | Path, options: dict | None = None):
 
 
 def _check_path(config: str | Path) -> Path:
-    package, mark, name = str(config).partition('::')
-    path = CONFIGS / name if mark and package == 'overlock_mm' else Path(config)
+    path = config_path(config)
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'

@@ -12,6 +12,7 @@ from mmengine.logging import HistoryBuffer
 
 import overlock_mm
 from overlock_mm import cli
+from overlock_mm.apis.swap import write_swapped
 from overlock_mm.config.load import load_config
 from overlock_mm.errors import UserError
 
@@ -147,5 +148,9 @@ def test_own_configs_as_a_base(tmp_path):
     for cfg in (load_config(path), load_config(f'overlock_mm::{name}')):
         assert cfg.model == expected.model
     assert Config.fromfile(path).model == expected.model
+    other = dict(pretrained=False, out=str(tmp_path / 'other.py'))
+    write_swapped(f'overlock_mm::{name}', arch='timm/resnet18', **other)
+    assert f"_base_ = 'overlock_mm::{name}'" in (tmp_path / 'other.py').read_text()
+    assert load_config(tmp_path / 'other.py').model.backbone.model_name == 'resnet18'
     with pytest.raises(UserError, match='overlock_mm::x.py does not exist'):
         load_config('overlock_mm::x.py')
