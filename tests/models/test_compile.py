@@ -24,7 +24,9 @@ def check_same(outputs, expected):
         assert relative_error(out, needed) < 1e-5
 
 
-@each_form
+@pytest.mark.parametrize(
+    'form', [pytest.param(FORMS['unfolded'], marks=pytest.mark.slow), fold]
+)
 def test_compiles_without_graph_breaks(form):
     """Also with gradients enabled."""
     model, x = form(small().eval()), image(2, 3, 64, 96)

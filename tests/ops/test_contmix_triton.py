@@ -148,6 +148,7 @@ def test_sharp_weights_in_half_precision():
     assert_near(fused(*inputs), exact(*inputs), 8e-3)
 
 
+@pytest.mark.slow
 def test_strides():
     """Inputs of any memory format; results in the format of the inputs."""
     tensors, kernels = make_inputs((2, 2, 2, 3, 4, 5, (3, 1)))
@@ -311,6 +312,7 @@ def in_new_process(code, **variables):
     return run.stdout
 
 
+@pytest.mark.slow
 def test_compiles_for_gpus(tmp_path):
     code = 'import test_contmix_triton as t; t.compile_kernels()'
     compiled = json.loads(in_new_process(code, TRITON_CACHE_DIR=str(tmp_path)))

@@ -13,12 +13,10 @@ from overlock_mm.apis import demo
 from overlock_mm.checkpoint import read_weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'task, config, result',
-    [
-        ('segmentation', 'segmentor.py', 'mIoU'),
-        pytest.param('detection', 'detector.py', 'bbox AP', marks=pytest.mark.slow),
-    ],
+    [('segmentation', 'segmentor.py', 'mIoU'), ('detection', 'detector.py', 'bbox AP')],
 )
 def test_demo(task, config, result, configs, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location('run_demo', ROOT / 'tools/run_demo.py')
