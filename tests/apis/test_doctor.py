@@ -688,6 +688,7 @@ def test_pkg_resources(run_in):
     assert 'while setuptools is broken' in rows['mmengine'].found
 
 
+@pytest.mark.slow
 def test_unknown_backend(monkeypatch):
     """The trial itself, which says so and goes on."""
     monkeypatch.setenv('OVERLOCK_MM_CONTMIX', 'fast')

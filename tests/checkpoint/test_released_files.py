@@ -147,9 +147,7 @@ def check_parity(model, case, name='out'):
     [
         pytest.param(
             *case,
-            marks=[pytest.mark.slow]
-            if case[0] == 's' or case[:2] == ('b', 'deploy')
-            else [],
+            marks=[pytest.mark.slow] if case[0] in 'sb' else [],
         )
         for case in IMAGENET
     ],

@@ -305,7 +305,9 @@ def test_other_numbers_of_channels(tmp_path):
         pytest.param('mmdet/solo/solo_r50_fpn_1x_coco.py', marks=pytest.mark.slow),
         'mmdet/soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
         'mmseg/segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
-        'mmseg/fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py',
+        pytest.param(
+            'mmseg/fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py', marks=pytest.mark.slow
+        ),
     ],
 )
 def test_families(path, tmp_path, capsys):

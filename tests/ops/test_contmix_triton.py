@@ -113,7 +113,16 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(interpreter.InterpretedFunction, '__call__', quick_call)
 
 
-@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+LONG = ('wider than a tile', 'three kernels')
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_equals_the_definition(case):
     inputs = make_inputs(case)
     assert_near(fused(*inputs), exact(*inputs), 3e-6)
