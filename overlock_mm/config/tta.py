@@ -6,6 +6,7 @@ from collections.abc import Callable
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, TRANSFORMS, Registry
 
+from ..datasets import MapLabels
 from ..errors import UserError
 from .edit import class_of, evaluators, inner_datasets, is_a, loading_options
 
@@ -95,7 +96,7 @@ def _tta_pipeline(pipeline, given, toolbox: str, scope: str | None) -> list:
     from mmcv.transforms import LoadAnnotations, TestTimeAug
 
     def loads_labels(step):
-        return is_a(step, LoadAnnotations, TRANSFORMS, scope)
+        return any(is_a(step, t, TRANSFORMS, scope) for t in (LoadAnnotations, MapLabels))
 
     if any(is_a(step, TestTimeAug, TRANSFORMS, scope) for step in pipeline):
         return pipeline

@@ -65,6 +65,14 @@ def test_the_usual_way():
     assert 'data_preprocessor' not in cfg, 'the wrapper would take it before its own'
 
 
+def test_what_changes_labels_stays_behind_them():
+    mapped = dict(type='MapLabels', values=[0, 9])
+    cfg = config(dict(pipeline=[LOAD, RESIZE, LABELS, mapped, PACK]))
+    use_tta(cfg, 'mmseg')
+    (_, _, augment) = cfg.test_dataloader.dataset.pipeline
+    assert augment.transforms == [FLIPS, [LABELS], [mapped], [PACK]]
+
+
 def test_the_usual_way_without_labels():
     cfg = config(dict(pipeline=[LOAD, PACK]))
     use_tta(cfg, 'mmseg')
