@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,26 @@ def _dumps_as_they_are():
             'yapf.yapflib.yapf_api.FormatCode', lambda text, **options: (text, True)
         )
         yield
+
+
+class _Stdout:
+    """The stdout of the test that runs, not of an earlier one, which may be closed."""
+
+    def write(self, text):
+        return sys.stdout.write(text)
+
+    def flush(self):
+        sys.stdout.flush()
+
+
+@pytest.fixture(autouse=True)
+def _loggers_outlive_their_test():
+    """mmengine's loggers go on writing after the test that made them."""
+    yield
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.stream = _Stdout()
 
 
 @pytest.fixture(scope='session')
