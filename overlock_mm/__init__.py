@@ -9,6 +9,7 @@ __all__ = [
     'ContMix',
     'ContMixBlock',
     'OverLoCK',
+    'Predictor',
     '__version__',
     'fold',
     'load_checkpoint',
@@ -32,9 +33,13 @@ if not _is_command or _arguments[:1] != ['doctor']:
 
 
 def __getattr__(name: str):
-    # it needs OpenCV, through mmengine's hooks, which the backbone does not
+    # they need OpenCV, through mmengine's hooks, which the backbone does not
     if name == 'swap_backbone':
         from .config.swap import swap_backbone
 
         return swap_backbone
+    if name == 'Predictor':
+        from .apis.inference import Predictor
+
+        return Predictor
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -3,7 +3,7 @@
 from .downloading import RELEASE, cannot_download, download
 from .files import plain_data_allowed, read_weights, write_weights
 from .kinds import Kind, form_of, unwrap, unwrapped
-from .matching import fit, load_checkpoint
+from .matching import check_form, fit, load_checkpoint
 from .report import LoadOptions, LoadReport, dataset_meta_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     'LoadOptions',
     'LoadReport',
     'cannot_download',
+    'check_form',
     'dataset_meta_of',
     'download',
     'fit',

@@ -126,6 +126,42 @@ def fit(
     return report, {name: state[name] for name in report.loaded}
 
 
+def check_form(backbone: nn.Module, state: dict[str, Tensor], at: str) -> None:
+    """Raise an error if a state dict is of another form than a backbone, or other sizes.
+
+    Keys may be missing: a state dict may hold a part of the weights.
+
+    Args:
+        backbone: the OverLoCK.
+        state: the state dict of it or of a model around it.
+        at: prefix of the backbone's keys.
+
+    Raises:
+        CheckpointError: if it is.
+    """
+    own = {at + name: p for name, p in backbone.named_parameters()}
+    merged = is_deploy(state, at)
+    branches = f'{at}blocks1.0.proj.1.origin_bn.weight' in state
+    others = [k for k, p in own.items() if k in state and _other_shape(p, state[k])]
+    if (merged and not backbone.deploy) or (branches and backbone.deploy) or others:
+        advice = ''
+        if branches and backbone.deploy:
+            advice = 'overlock_mm.load_checkpoint merges the branches while it loads. '
+        elif merged and not backbone.deploy:
+            advice = 'Build the model with backbone.deploy=True. '
+        shown_keys = f'; the shapes differ of {shown(others)}' if others else ''
+        raise CheckpointError(
+            f'these weights do not fit the backbone. They are of {form_of(state, at)}; the '
+            f'model is {form_of(backbone.state_dict(prefix=at), at)}{shown_keys}. '
+            f'{advice}Nothing was loaded into the backbone'
+        )
+
+
+def _other_shape(own: Tensor, given) -> bool:
+    # a parameter without elements is one that is kept elsewhere (ZeRO)
+    return torch.is_tensor(given) and own.numel() > 0 and own.shape != given.shape
+
+
 def _backbone_of(model):
     """The OverLoCK that is the model or its backbone."""
     backbone = getattr(model, 'backbone', model)

@@ -17,6 +17,7 @@ from .common import add_debug_option, plain_errors
 COMMANDS = dict(
     train='train a detector or segmentor from a config',
     test='evaluate a checkpoint of a detector or segmentor',
+    infer='predict images, folders and videos; draw what was found',
     init='write a config for your own images and labels',
     swap='put OverLoCK, or a model of timm, into a config that you have',
     convert='convert a released checkpoint, or back',

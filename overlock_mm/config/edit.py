@@ -5,15 +5,17 @@ The type of a module can be a name (``'EMAHook'``), a name with its scope
 are not compared as text here, but looked up in the registry.
 """
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from mmengine.config import ConfigDict
 from mmengine.model.weight_init import PretrainedInit
-from mmengine.registry import HOOKS, MODELS, WEIGHT_INITIALIZERS, Registry
+from mmengine.registry import HOOKS, MODELS, TRANSFORMS, WEIGHT_INITIALIZERS, Registry
 from mmengine.runner import find_latest_checkpoint
 
+from ..datasets import MapLabels
 from ..errors import UserError
 from ..hooks import StrictLoadingHook
 from ..models import OverLoCK
@@ -226,6 +228,34 @@ def inner_datasets(node) -> Iterator[dict]:
             yield from inner_datasets(wrapped)
         else:
             yield node
+
+
+def loads_labels(step, scope: str | None = None) -> bool:
+    """Whether a step of a pipeline reads or changes labels, which a new image has not."""
+    from mmcv.transforms import LoadAnnotations
+
+    return any(is_a(step, t, TRANSFORMS, scope) for t in (LoadAnnotations, MapLabels))
+
+
+def without_steps(steps, is_unwanted: Callable) -> list:
+    """A copy of a pipeline without some of its steps, at any depth.
+
+    Args:
+        steps: configs of the steps; a step may have steps in its ``transforms``.
+        is_unwanted: whether the config of a step is to be left out.
+    """
+    kept = []
+    for step in copy.deepcopy(list(steps)):
+        if isinstance(step, list | tuple):
+            step = without_steps(step, is_unwanted)
+            if not step:  # all branches of one augmentation
+                continue
+        elif is_unwanted(step):
+            continue
+        elif isinstance(step, dict) and 'transforms' in step:
+            step['transforms'] = without_steps(step['transforms'], is_unwanted)
+        kept.append(step)
+    return kept
 
 
 def _init_cfgs(node) -> Iterator[dict]:

@@ -1,14 +1,21 @@
 """Test-time augmentation, for configs that say how and for those that do not."""
 
 import copy
-from collections.abc import Callable
+from functools import partial
 
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, TRANSFORMS, Registry
 
-from ..datasets import MapLabels
 from ..errors import UserError
-from .edit import class_of, evaluators, inner_datasets, is_a, loading_options
+from .edit import (
+    class_of,
+    evaluators,
+    inner_datasets,
+    is_a,
+    loading_options,
+    loads_labels,
+    without_steps,
+)
 
 _TTA_MODELS = dict(
     mmdet=dict(
@@ -93,18 +100,16 @@ def _without_masks(cfg) -> bool:
 
 def _tta_pipeline(pipeline, given, toolbox: str, scope: str | None) -> list:
     """``given``, or ``pipeline`` with a flip; labels are read only if ``pipeline`` does."""
-    from mmcv.transforms import LoadAnnotations, TestTimeAug
+    from mmcv.transforms import TestTimeAug
 
-    def loads_labels(step):
-        return any(is_a(step, t, TRANSFORMS, scope) for t in (LoadAnnotations, MapLabels))
-
+    is_label = partial(loads_labels, scope=scope)
     if any(is_a(step, TestTimeAug, TRANSFORMS, scope) for step in pipeline):
         return pipeline
-    labels = [copy.deepcopy(step) for step in pipeline if loads_labels(step)]
+    labels = [copy.deepcopy(step) for step in pipeline if is_label(step)]
     if given:
         steps = copy.deepcopy(list(given))
-        return steps if labels else _without(steps, loads_labels)
-    *steps, last = _without(copy.deepcopy(list(pipeline)), loads_labels) or [None]
+        return steps if labels else without_steps(steps, is_label)
+    *steps, last = without_steps(pipeline, is_label) or [None]
     packed = class_of(last, TRANSFORMS, scope)
     if not getattr(packed, '__name__', '').startswith('Pack'):
         raise UserError(
@@ -119,19 +124,3 @@ def _tta_pipeline(pipeline, given, toolbox: str, scope: str | None) -> list:
     # labels are read after the flip: they are compared as they are
     transforms = [flips, *([step] for step in labels), [last]]
     return [*steps, dict(type='TestTimeAug', transforms=transforms)]
-
-
-def _without(steps, is_unwanted: Callable) -> list:
-    """A pipeline without some of its steps, at any depth."""
-    kept = []
-    for step in steps:
-        if isinstance(step, list | tuple):
-            step = _without(step, is_unwanted)
-            if not step:  # all branches of one augmentation
-                continue
-        elif is_unwanted(step):
-            continue
-        elif isinstance(step, dict) and 'transforms' in step:
-            step['transforms'] = _without(step['transforms'], is_unwanted)
-        kept.append(step)
-    return kept

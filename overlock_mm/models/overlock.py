@@ -16,7 +16,7 @@ from ..archs import (
     map_channels,
     settings_of,
 )
-from ..checkpoint import load_checkpoint
+from ..checkpoint import check_form, load_checkpoint
 from ..errors import CheckpointError
 from ..openmmlab import (
     MODELS,
@@ -344,6 +344,16 @@ class OverLoCK(BaseModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Refuse weights of another form or size, whoever loads them.
+
+        The toolboxes' ``init_model``, ``init_detector`` and inferencers load what fits and
+        only log the rest.
+        """
+        if not self.folded:
+            check_form(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __prepare_scriptable__(self):
         """Called by ``torch.jit.script``, also for a model that has an OverLoCK."""

@@ -1,0 +1,434 @@
+"""Predicting images with a trained model, without labels."""
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import TRANSFORMS
+
+from ..checkpoint import dataset_meta_of, read_weights, unwrap
+from ..checkpoint.matching import fit
+from ..config.data_checks import DataSet, plain
+from ..config.edit import (
+    class_of,
+    inner_datasets,
+    loads_labels,
+    without_pretrained,
+    without_steps,
+)
+from ..config.load import build_model, load_config, toolbox_of
+from ..datasets import ChannelsLast
+from ..datasets.survey.classes import make_palette
+from ..errors import CheckpointError, UserError
+from ..models import OverLoCK, fold
+from .drawing import draw_objects, draw_regions, to_rgb
+from .files import check_file
+from .messages import say
+from .tiling import Tiling, join_labels, join_objects
+
+
+class UnreadableError(Exception):
+    """An image that cannot be read, with the reason."""
+
+
+class Predictor:
+    """A detector or segmentor with its weights, its test pipeline and its class names.
+
+    Weights are loaded strictly, and no code of the checkpoint is run. Class names and
+    palette come from the checkpoint, else from the data set of the config.
+
+    Args:
+        config: config of MMDetection or MMSegmentation, with any backbone; its path or the
+            config itself.
+        checkpoint: path or URL of the weights.
+        device: where the model runs, ``'cuda:1'`` for one; by default the GPU if there is
+            one.
+        fold: use the backbone's form for inference (:func:`overlock_mm.fold`); by default
+            where there is an OverLoCK that can be folded.
+        tile: side in pixels of the tiles in which large images are predicted; by default
+            images are predicted as a whole. Tiles are not resized: the ``Resize`` of the
+            test pipeline is left out.
+        overlap: pixels that neighbouring tiles share, at most half a tile. Defaults to an
+            eighth of ``tile``.
+        cfg_options: values to override, by key.
+        trust: read a checkpoint that holds more than plain data, which can run code.
+
+    Attributes:
+        model (nn.Module): the model, in evaluation mode.
+        cfg (mmengine.Config): its config.
+        toolbox (str): 'mmdet' or 'mmseg'.
+        classes (tuple[str, ...]): names of the classes.
+        palette (list[tuple[int, int, int]]): their colours in RGB.
+        device (torch.device): where the model is.
+
+    Raises:
+        UserError: if the config or an argument cannot be used.
+        CheckpointError: if the weights cannot be loaded, or do not fit.
+
+    Examples:
+        >>> predictor = Predictor('my_config.py', 'iter_160000.pth')
+        >>> result = predictor('street.jpg')
+        >>> picture = predictor.draw('street.jpg', result)  # RGB, uint8
+    """
+
+    def __init__(
+        self,
+        config,
+        checkpoint: str | Path,
+        device: str | torch.device | None = None,
+        fold: bool | None = None,
+        *,
+        tile: int | None = None,
+        overlap: int | None = None,
+        cfg_options: dict | None = None,
+        trust: bool = False,
+    ):
+        is_path = isinstance(config, str | os.PathLike)
+        self.cfg = load_config(config, cfg_options) if is_path else deepcopy(config)
+        if not is_path:
+            self.cfg.merge_from_dict(cfg_options or {})
+        self.toolbox = toolbox_of(self.cfg)
+        self.device = _device(device)
+        self.tiling = None if tile is None else Tiling.of(tile, overlap)
+        if tile is None and overlap is not None:
+            raise UserError(f'overlap={overlap} is for tiles, and no tile size is given')
+        without_pretrained(self.cfg.get('model'))
+        self.model = build_model(self.cfg)
+        checkpoint = check_file(checkpoint, 'checkpoint')
+        meta = _load_strictly(self.model, read_weights(checkpoint, trust=trust), checkpoint)
+        self.classes, self.palette = self._names(meta)
+        self.model.dataset_meta = dict(
+            meta, classes=self.classes, palette=[list(color) for color in self.palette]
+        )
+        self.model.cfg = self.cfg  # as the toolboxes' own functions expect it
+        self.model.to(self.device).eval()
+        self._fold(fold)
+        self._loading, self._steps = self._pipeline()
+
+    def __call__(self, images, batch_size: int = 1):
+        """Predict one image or several.
+
+        Args:
+            images: a path or URL, or an array in RGB, ``(H, W, 3)`` in uint8; or a list of
+                these. Arrays with other channels or dtypes are taken as they are.
+            batch_size: images that go through the model at once. Those of different sizes
+                go one after the other, so that results do not depend on it.
+
+        Returns:
+            The toolbox's data sample, on the CPU: of a segmentor with ``pred_sem_seg``,
+            ``(1, H, W)``, of a detector with ``pred_instances``. For a list, a list.
+
+        Raises:
+            UserError: if an image cannot be read.
+        """
+        single = not isinstance(images, list | tuple)
+        try:
+            loaded = [self.load(image) for image in ([images] if single else images)]
+        except UnreadableError as error:
+            raise UserError(str(error)) from error
+        results = self.predict(loaded, batch_size)
+        return results[0] if single else results
+
+    def load(self, image: str | Path | np.ndarray) -> dict:
+        """Read an image as the test pipeline does; the first steps of it.
+
+        Args:
+            image: as in a call.
+
+        Returns:
+            The pipeline's dict, with the image under ``'img'``.
+
+        Raises:
+            UnreadableError: if there is no such image, or it cannot be read.
+        """
+        if isinstance(image, np.ndarray):
+            return self._loaded_array(image)
+        if isinstance(image, str | os.PathLike):
+            return self._loaded_file(str(image))
+        raise UserError(
+            f'an image is the path of a file or a numpy array, not a {type(image).__name__}'
+        )
+
+    def _loaded_array(self, image: np.ndarray) -> dict:
+        if image.ndim not in (2, 3) or 0 in image.shape:
+            raise UserError(
+                f'an image has the shape (H, W) or (H, W, C), this one {image.shape}'
+            )
+        if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+            image = image[..., ::-1]  # BGR, as files are read
+        image = np.ascontiguousarray(image)
+        if getattr(self._loading[0], 'to_float32', False):
+            image = image.astype(np.float32)
+        return self._described(dict(img=image, img_path=''))
+
+    def _loaded_file(self, path: str) -> dict:
+        path = os.path.expanduser(path)
+        if '://' not in path and not os.path.isfile(path):
+            raise UnreadableError(f'{path} does not exist')
+        data = dict(img_path=path, img_id=0)
+        try:
+            for step in self._loading:
+                data = step(data)
+            if data is None or min(data['img'].shape[:2]) == 0:
+                raise ValueError('it is empty')
+        except Exception as error:  # a decoder may raise anything
+            raise UnreadableError(f'{path} cannot be read as an image') from error
+        return self._described(data)
+
+    def _described(self, data: dict) -> dict:
+        shape = data['img'].shape[:2]
+        return dict(
+            data, img_shape=shape, ori_shape=shape, img_id=0, scale_factor=(1.0, 1.0)
+        )
+
+    def predict(self, loaded: Sequence[dict], batch_size: int = 1) -> list:
+        """Predict images that :meth:`load` has read.
+
+        Returns:
+            One data sample for each, as from a call.
+        """
+        if self.tiling is not None:
+            return [self._predict_tiles(data, batch_size) for data in loaded]
+        return self._predict_batches(loaded, batch_size)
+
+    def _predict_batches(self, loaded: Sequence[dict], batch_size: int) -> list:
+        if batch_size < 1:
+            raise UserError(f'batch_size={batch_size} must be at least 1')
+        batch, results = [], []
+        for data in loaded:
+            packed = self._packed(data)
+            # padding to one size would change what is predicted
+            other_size = batch and batch[0]['inputs'].shape != packed['inputs'].shape
+            if len(batch) == batch_size or other_size:
+                results += self._run(batch)
+                batch = []
+            batch.append(packed)
+        return results + self._run(batch)
+
+    def _packed(self, data: dict) -> dict:
+        data = dict(data)
+        for step in self._steps:
+            try:
+                data = step(data)
+            except KeyError as error:
+                raise UserError(
+                    f'{type(step).__name__} of the test pipeline needs {error}, which an '
+                    'image without labels does not have; leave the step out of '
+                    'test_dataloader.dataset.pipeline'
+                ) from error
+        return data
+
+    @torch.no_grad()
+    def _run(self, batch: list[dict]) -> list:
+        if not batch:
+            return []
+        return [sample.cpu() for sample in self.model.test_step(pseudo_collate(batch))]
+
+    def _predict_tiles(self, data: dict, batch_size: int):
+        """Predict an image tile by tile, with memory for a few tiles at a time."""
+        image = data['img']
+
+        def predicted(boxes):
+            tiles = [
+                self._described(dict(data, img=np.ascontiguousarray(image[y0:y1, x0:x1])))
+                for y0, x0, y1, x1 in boxes
+            ]
+            return self._predict_batches(tiles, batch_size)
+
+        arguments = self.tiling, image.shape[:2], predicted, batch_size
+        if self.toolbox == 'mmseg':
+            threshold = getattr(_last(self.model.decode_head), 'threshold', None)
+            sample = join_labels(*arguments, threshold)
+        else:
+            sample = join_objects(*arguments)
+        sample.set_metainfo(
+            {k: data[k] for k in ('img_path', 'img_shape', 'ori_shape', 'scale_factor')}
+        )
+        return sample
+
+    def draw(
+        self,
+        image: str | Path | np.ndarray | dict,
+        result,
+        *,
+        score_thr: float = 0.3,
+        opacity: float = 0.5,
+        hidden: Sequence[str] = (),
+        legend: bool | int = True,
+    ) -> np.ndarray:
+        """Draw a prediction over its image.
+
+        Args:
+            image: the image, as in a call, or as :meth:`load` returned it.
+            result: what the call returned for it.
+            score_thr: objects with a lower score are left out.
+            opacity: of the colours of regions and masks, 0 to 1.
+            hidden: names of classes that are not drawn.
+            legend: list the classes that were found below the picture; a number: in so
+                many lines.
+
+        Returns:
+            A picture in RGB, uint8. It has the size of the image, small ones are enlarged,
+            and the legend is below it.
+        """
+        unknown = set(hidden) - set(self.classes)
+        if unknown:
+            raise UserError(
+                f'hidden={sorted(unknown)} are not among the classes {self.classes}'
+            )
+        data = image if isinstance(image, dict) else self.load(image)
+        shown = [name not in hidden for name in self.classes]
+        options = dict(
+            classes=self.classes,
+            palette=self.palette,
+            shown=shown,
+            opacity=opacity,
+            legend=bool(legend),
+            legend_rows=None if legend is True else legend,
+        )
+        if 'pred_sem_seg' in result:
+            labels = result.pred_sem_seg.data.squeeze(0).numpy()
+            return draw_regions(to_rgb(data['img']), labels, **options)
+        if 'pred_instances' not in result:
+            raise UserError(
+                f'{type(self.model).__name__} predicts {", ".join(result.keys())}; regions '
+                'and objects can be drawn'
+            )
+        objects = result.pred_instances
+        objects = objects[objects.scores >= score_thr]
+        return draw_objects(to_rgb(data['img']), objects, **options)
+
+    def _names(self, meta: dict) -> tuple[tuple[str, ...], list[tuple[int, int, int]]]:
+        """Names and colours, as the checkpoint says, else the data set of the config."""
+        count = _number_of_classes(self.model)
+        scope = self.cfg.get('default_scope') or self.toolbox
+        node = next(
+            inner_datasets((self.cfg.get('test_dataloader') or {}).get('dataset')), None
+        )
+        dataset = DataSet('', '', plain(node), scope).metainfo if node else {}
+        for source, found in (('the checkpoint', meta), ('the config', dataset)):
+            names = found.get('classes')
+            if not names or isinstance(names, str):
+                continue
+            if count is None or len(names) == count:
+                names = tuple(str(name) for name in names)
+                return names, _palette(found.get('palette'), len(names))
+            say(
+                f'{source} names {len(names)} classes, and the model predicts {count}: '
+                'these names are not used'
+            )
+        if count is None:
+            raise UserError(
+                'neither the checkpoint nor test_dataloader of the config names classes; '
+                'give the data set metainfo=dict(classes=(...))'
+            )
+        return tuple(f'class {i}' for i in range(count)), make_palette(count)
+
+    def _test_dataset(self) -> dict:
+        """The config of the (first) data set that a test is run on, without wrappers."""
+        loader = self.cfg.get('test_dataloader') or {}
+        return next(inner_datasets(loader.get('dataset')), {})
+
+    def _fold(self, wanted: bool | None) -> None:
+        if wanted is False:
+            return
+        if not any(isinstance(module, OverLoCK) for module in self.model.modules()):
+            if wanted:
+                raise UserError('fold=True: the model has no OverLoCK; leave it out')
+            return
+        try:
+            fold(self.model)
+        except ValueError as error:
+            if wanted:
+                raise UserError(f'the model cannot be folded: {error}') from error
+            say(f'The backbone is used as it is, not folded: {error}')
+
+    def _pipeline(self) -> tuple[list, list]:
+        """The steps that read an image, and those that make the model's input of it."""
+        node = next(
+            inner_datasets((self.cfg.get('test_dataloader') or {}).get('dataset')), {}
+        )
+        pipeline = node.get('pipeline') or self.cfg.get('test_pipeline')
+        if not pipeline:
+            raise UserError(
+                f'{self.cfg.filename} has no test_dataloader.dataset.pipeline and no '
+                'test_pipeline, which say how an image is read; add one of them'
+            )
+        scope = self.cfg.get('default_scope') or self.toolbox
+        steps = without_steps(pipeline, lambda step: loads_labels(step, scope))
+        names = [getattr(class_of(s, TRANSFORMS, scope), '__name__', '') for s in steps]
+        if not names or not names[0].startswith('Load') or not names[-1].startswith('Pack'):
+            raise UserError(
+                f'the test pipeline is {names}; it must begin with a step that loads an '
+                'image and end with one that packs, such as PackSegInputs'
+            )
+        reading = 1
+        while names[reading] in ('LoadImageFromFile', ChannelsLast.__name__):
+            reading += 1
+        kept = [
+            step
+            for step, name in zip(steps[reading:], names[reading:], strict=True)
+            if self.tiling is None or 'Resize' not in name
+        ]
+        return Compose(steps[:reading]).transforms, Compose(kept).transforms
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f'device {device} cannot be used: {reason}; try cpu') from error
+    return device
+
+
+def _load_strictly(model, content, checkpoint: str) -> dict:
+    """Load a checkpoint that must fit; what it says of the classes."""
+    if isinstance(getattr(model, 'backbone', None), OverLoCK):
+        report, state = fit(model, content, checkpoint)
+        model.load_state_dict(state, strict=False)
+        if not any(name.startswith('backbone.') for name in unwrap(content, checkpoint)[1]):
+            raise CheckpointError(
+                f'{checkpoint} has a backbone alone, and predictions need the heads too; '
+                'give the checkpoint of a trained detector or segmentor'
+            )
+        return report.dataset_meta
+    _, state = unwrap(content, checkpoint)
+    own = model.state_dict()
+    counters = {k: v for k, v in own.items() if k.endswith('.num_batches_tracked')}
+    try:
+        model.load_state_dict({**counters, **state})
+    except RuntimeError as error:
+        raise CheckpointError(
+            f'{checkpoint} does not fit the model of the config: '
+            f'{" ".join(str(error).split())}'
+        ) from error
+    return dataset_meta_of(content)
+
+
+def _number_of_classes(model) -> int | None:
+    """How many classes the heads of a model tell apart."""
+    heads = [getattr(model, name, None) for name in ('decode_head', 'bbox_head')]
+    heads.append(getattr(getattr(model, 'roi_head', None), 'bbox_head', None))
+    for head in heads:
+        if isinstance(count := getattr(_last(head), 'num_classes', None), int):
+            return count
+    return None
+
+
+def _last(head):
+    """The head of which predictions come; cascades have several."""
+    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
+
+
+def _palette(given, count: int) -> list[tuple[int, int, int]]:
+    if isinstance(given, str) or given is None or len(given) != count:
+        return make_palette(count)  # 'random' is one of the toolbox's
+    return [tuple(int(part) for part in color) for color in given]
