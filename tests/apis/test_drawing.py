@@ -113,6 +113,20 @@ def test_objects(encoded):
     assert drawn.shape[0] > 600
 
 
+def test_small_objects_are_above_large_ones():
+    image, _ = halves()
+    found = InstanceData(
+        bboxes=torch.tensor([[300.0, 300, 320, 320], [0, 0, 800, 600]]),
+        labels=torch.tensor([0, 1]),
+        scores=torch.tensor([0.1, 0.9]),
+        masks=torch.ones(2, 600, 800, dtype=torch.bool),
+    )
+    found.masks[0] = False
+    found.masks[0, 300:320, 300:320] = True
+    drawn = draw_objects(image, found, opacity=1.0, **NAMES)
+    assert tuple(drawn[310, 310]) == PALETTE[0]
+
+
 def test_objects_that_are_not_shown():
     image, _ = halves()
     drawn = draw_objects(image, objects(), shown=[True, True, False], **NAMES)

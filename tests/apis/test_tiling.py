@@ -88,7 +88,6 @@ OBJECTS = [  # left, top, right, bottom, label, score
     (10, 100, 180, 120, 0, 0.6),  # across three, longer than a tile
     (92, 40, 98, 60, 2, 0.5),
     (98, 40, 104, 60, 2, 0.4),  # a neighbour of the same class
-    (92, 40, 98, 60, 0, 0.3),  # the same place, another class
 ]
 
 
@@ -136,6 +135,36 @@ def test_objects_are_joined(batch_size):
         np.testing.assert_array_equal(decoded, mask)
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
     assert found.scores[0] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    'boxes, labels, number',
+    [
+        # two of the first tile look like one of the second
+        ([[60, 10, 70, 20], [60, 12, 70, 22], [60, 11, 70, 21]], [0, 0, 0], 2),
+        ([[60, 10, 70, 20], [10, 10, 20, 20], [60, 10, 70, 20]], [0, 0, 1], 3),
+        ([[60, 10, 70, 20], [10, 10, 20, 20], [64, 10, 70, 20]], [0, 0, 0], 2),
+    ],
+)
+def test_what_is_one_object(boxes, labels, number):
+    """The first tile finds the first two objects, the second one the third."""
+
+    def predict(tiles):
+        samples = []
+        for _, left, _, _ in tiles:
+            part = slice(0, 2) if left == 0 else slice(2, 3)
+            found = torch.tensor(boxes[part]).float()
+            found[:, ::2] -= left
+            instances = InstanceData(
+                bboxes=found,
+                labels=torch.tensor(labels[part]),
+                scores=torch.linspace(0.9, 0.8, len(found)),
+            )
+            samples.append(DetDataSample(pred_instances=instances))
+        return samples
+
+    found = join_objects(Tiling.of(72, 16), (72, 128), predict).pred_instances
+    assert len(found) == number and 'masks' not in found
 
 
 def test_an_image_without_objects():
