@@ -6,6 +6,7 @@ from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
 from ..openmmlab import MODELS
+from ..ops.depthwise import DepthwiseConv2d
 from .contmix import ContMix
 from .layers import (
     DilatedReparamBlock,
@@ -120,7 +121,7 @@ class DynamicConvBlock(ContMix):
         self.dwconv1 = ResDWConv(joint)
         self.norm1 = LayerNorm2d(joint)
         self.fusion = nn.Sequential(
-            nn.Conv2d(joint, joint, 3, padding=1, groups=joint),
+            DepthwiseConv2d(joint, 3),
             nn.BatchNorm2d(joint),
             nn.GELU(),
             nn.Conv2d(joint, dim, 1),

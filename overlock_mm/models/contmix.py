@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import contmix
+from ..ops.flops import uncounted
 from ..ops.modes import is_compiling
 from .layers import conv_bn, is_plain, resize
 
@@ -141,7 +142,7 @@ class ContMix(nn.Module):
         like, regions = self.rpb1, REGIONS**2
         vectors = torch.zeros(regions, regions + 1, dtype=like.dtype, device=like.device)
         vectors.fill_diagonal_(scale)  # the last column stays zero: it gives the bias
-        with torch.autocast(like.device.type, enabled=False):
+        with torch.autocast(like.device.type, enabled=False), uncounted():
             out = proj(vectors[None, :, None])[0, :, 0]
         return out[:, :regions] - out[:, regions:], out[:, regions]
 

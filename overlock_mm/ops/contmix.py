@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import contmix_reference, contmix_torch
+from .flops import counted_contmix
 from .modes import without_autocast
 
 BACKENDS = ('auto', 'torch', 'triton', 'reference')
@@ -61,7 +62,7 @@ def contmix(
     """
     _check(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes)
     arguments = query, key, value, proj_weight, proj_bias, tuple(rpbs), tuple(kernel_sizes)
-    run = _backend(backend, arguments)
+    run = counted_contmix(_backend(backend, arguments))
     with without_autocast(value.device.type):
         return run(*arguments)
 

@@ -9,7 +9,8 @@ def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Te
     """See ``overlock_mm.ops.contmix``. Slow: it copies the values k*k times."""
     n, heads, _, height, width = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    affinity = torch.einsum('ngchw,ngcl->nghwl', query.to(dtype), key.to(dtype))
+    affinity = query.to(dtype).flatten(3).mT @ key.to(dtype)
+    affinity = affinity.unflatten(2, (height, width))
     logits = affinity @ proj_weight.to(dtype).t() + proj_bias.to(dtype)
     taps = [k * k for k in kernel_sizes]
     outputs = []
@@ -27,8 +28,9 @@ def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Te
         # the nearest of them
         windows = F.unfold(v, k).unflatten(2, (height - k + 1, width - k + 1))
         windows = F.pad(windows, [k // 2] * 4, mode='replicate')
-        windows = windows.unflatten(1, (heads, -1, k * k))
-        outputs.append(torch.einsum('nghwt,ngdthw->ngdhw', attn, windows).flatten(1, 2))
+        windows = windows.unflatten(1, (heads, -1, k * k)).permute(0, 1, 4, 5, 3, 2)
+        mixed = (attn[..., None, :] @ windows).squeeze(-2)
+        outputs.append(mixed.permute(0, 1, 4, 2, 3).flatten(1, 2))
     return torch.cat(outputs, dim=1)
 
 

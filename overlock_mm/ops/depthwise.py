@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .flops import counted_depthwise, counters
 from .modes import (
     autocast_dtype,
     differentiable_gradients,
@@ -82,7 +83,12 @@ def depthwise_conv2d(
         bias = None if bias is None else bias.to(dtype)
         with without_autocast(device):
             return depthwise_conv2d(x, weight, bias, dilation)
-    if needs_plain_ops() or not _worthwhile(x, weight, dilation):
+    if needs_plain_ops():
+        return _conv(x, weight, bias, dilation)
+    if counters():
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        return counted_depthwise(partial(_conv, dilation=dilation), *tensors)
+    if not _worthwhile(x, weight, dilation):
         return _conv(x, weight, bias, dilation)
     return _Depthwise.apply(x, weight, bias, dilation)
 
