@@ -1,6 +1,7 @@
 """Shared by the command lines: arguments, and errors as plain messages."""
 
 import argparse
+import ast
 import os
 import sys
 import traceback
@@ -56,13 +57,57 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--cfg-options``."""
     from mmengine.config import DictAction  # tools without configs do not need it
 
+    class WithDicts(DictAction):
+        """Also read values with dicts in them, which mmengine's takes for text."""
+
+        def __call__(self, parser, namespace, values, option_string=None):
+            for pair in values:
+                if '=' not in pair:
+                    parser.error(f'{option_string}: {pair} is not KEY=VALUE')
+            super().__call__(parser, namespace, values, option_string)
+
+        def _parse_iterable(self, text):
+            if 'dict(' not in text and '{' not in text:
+                return DictAction._parse_iterable(text)
+            try:
+                return _literal(ast.parse(text.strip(), mode='eval').body)
+            except (SyntaxError, ValueError) as error:
+                if 'dict(' not in text:
+                    return DictAction._parse_iterable(text)
+                raise UserError(
+                    f'--cfg-options: {text} is not a value; write dicts as in a config, '
+                    "and double quotes around KEY=[dict(type='NAME')]"
+                ) from error
+
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=WithDicts,
         metavar='KEY=VALUE',
-        help='override keys of the config, e.g. train_dataloader.batch_size=4',
+        help='override keys of the config, e.g. train_dataloader.batch_size=4; dicts as in '
+        "a config, in double quotes: custom_hooks=[dict(type='EMAHook')]",
     )
+
+
+def _literal(node: ast.expr):
+    """The value of an expression in which dicts may be written as ``dict(key=value)``.
+
+    Raises:
+        ValueError: if it holds anything but values.
+    """
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'dict':
+        if node.args or not all(keyword.arg for keyword in node.keywords):
+            raise ValueError('a dict has names and values alone')
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        keys = map(ast.literal_eval, node.keys)
+        return dict(zip(keys, map(_literal, node.values), strict=True))
+    if isinstance(node, ast.List | ast.Tuple):
+        kind = list if isinstance(node, ast.List) else tuple
+        return kind(map(_literal, node.elts))
+    if isinstance(node, ast.Name | ast.Attribute):  # text without the quotes
+        return ast.unparse(node)
+    return ast.literal_eval(node)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

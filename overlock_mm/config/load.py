@@ -266,4 +266,11 @@ def build_runner(cfg):
         # mmengine hands out one visualizer for a name: with the fixed name of the stock
         # configs, a second run in a process would log into the first one's folder
         cfg.visualizer.pop('name', None)
-    return RUNNERS.build(cfg)
+        cfg.visualizer.setdefault('type', 'Visualizer')
+    try:
+        return RUNNERS.build(cfg)
+    except ImportError as error:
+        # mmengine's visualizers have messages of their own for what is not installed
+        if isinstance(error.__context__, ModuleNotFoundError):
+            raise error.__context__ from error
+        raise

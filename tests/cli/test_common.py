@@ -83,3 +83,39 @@ def test_files_to_write(tmp_path):
     with pytest.raises(UserError, match='w.pth exists; give another name, or --force'):
         check_output(out, ['.pth'], False)
     assert check_output(out, ['.pth'], True) == out
+
+
+@pytest.mark.parametrize(
+    'given, expected',
+    [
+        ('4', 4),
+        ('1,2.5,none.pth', [1, 2.5, 'none.pth']),
+        ('[(1,2),[a,True]]', [(1, 2), ['a', True]]),
+        ("[dict(type='A', n=2), {'type': 'B', 'sizes': (1, -1)}]", None),
+        ('[dict(type=A,n=2),dict(type="B",sizes=(1,-1))]', None),  # quotes lost in a shell
+        ('{}_epoch.pth', '{}_epoch.pth'),
+        (
+            'dict(type=mmdet.EMA, on=True, off=None)',
+            dict(type='mmdet.EMA', on=True, off=None),
+        ),
+    ],
+)
+def test_options_of_a_config(given, expected):
+    """Numbers, text and lists as mmengine reads them, and dicts inside of them."""
+    parser = argparse.ArgumentParser()
+    cli.add_config_options(parser)
+    if expected is None:
+        expected = [dict(type='A', n=2), dict(type='B', sizes=(1, -1))]
+    options = parser.parse_args(['--cfg-options', f'a.b={given}']).cfg_options
+    assert options == {'a.b': expected}
+
+
+def test_options_that_are_none(capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_config_options(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--cfg-options', 'a'])
+    assert '--cfg-options: a is not KEY=VALUE' in capsys.readouterr().err
+    for wrong in ("[dict(type='A']", 'dict(a=open(b))', 'dict(**a)', 'dict(a=1+x)'):
+        with pytest.raises(UserError, match='is not a value; write dicts as in a config'):
+            parser.parse_args(['--cfg-options', f'a={wrong}'])
