@@ -1,4 +1,4 @@
-"""The metafiles: one entry for every config, with the numbers of the README."""
+"""The metafiles: one entry for every config and classifier, with the published numbers."""
 
 import re
 from functools import cache
@@ -12,9 +12,14 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import load
 from mmengine.hub import get_config
 
+from overlock_mm.timm import default_cfgs
+
 README = (ROOT / 'README.md').read_text()
+# The documents that may have tables of results; what several have must be the same.
+DOCUMENTS = [README, *(path.read_text() for path in sorted(ROOT.glob('docs/*.md')))]
 CONFIGS = sorted(ROOT.glob('configs/[!_]*/*.py'))
 METAFILES = {path: load(path) for path in sorted(ROOT.glob('configs/*/metafile.yml'))}
+CLASSIFIERS = METAFILES.pop(ROOT / 'configs/classification/metafile.yml')
 ENTRIES = [entry for metafile in METAFILES.values() for entry in metafile['Models']]
 NAMES = [entry['Name'] for entry in ENTRIES]
 
@@ -23,6 +28,7 @@ TASKS = {
     'mIoU': ('Semantic Segmentation', 'ADE20K'),
     'box AP': ('Object Detection', 'COCO'),
     'mask AP': ('Instance Segmentation', 'COCO'),
+    'Top 1 Accuracy': ('Image Classification', 'ImageNet-1K'),
 }
 COLLECTIONS = dict(
     EncoderDecoder='UperNet', MaskRCNN='Mask R-CNN', CascadeRCNN='Cascade Mask R-CNN'
@@ -35,9 +41,15 @@ TRAINING_DATA = {
 LENGTHS = dict(Iterations='max_iters', Epochs='max_epochs')
 
 
+def in_documents(pattern):
+    """What a pattern finds in the documents, each once."""
+    return list(dict.fromkeys(f for text in DOCUMENTS for f in re.findall(pattern, text)))
+
+
 def rows():
-    """The results by the config that the README links beside them; None: not published."""
-    found = re.findall(r'\| ([^|\n]+) \| \[config\]\(configs/\w+/(\w+)\.py\)', README)
+    """The results by the config that is linked beside them; None: not published."""
+    found = in_documents(r'\| ([^|\n]+) \| \[config\]\((?:\.\./)?configs/\w+/(\w+)\.py\)')
+    assert len({name for _, name in found}) == len(found)  # no two numbers for one
     return {name: metrics(cell) for cell, name in found}
 
 
@@ -111,7 +123,7 @@ def test_collections(path):
         assert (ROOT / collection['README']).is_file()
 
 
-def test_results_are_those_of_the_readme():
+def test_results_are_those_of_the_documents():
     published = rows()
     assert with_key('Results') == {
         name: as_results(values) for name, values in published.items() if values
@@ -121,9 +133,30 @@ def test_results_are_those_of_the_readme():
     assert set(published) == {name for name in NAMES if not others.search(name)}
 
 
-def test_weights_are_those_of_the_readme():
-    (address,) = re.findall(r'The released files are at `(\S+)`', README)
-    patterns = set(re.findall(r'^\| `((?:upernet|maskrcnn)\S+)` \|', README, re.M))
+def test_the_table_of_the_readme():
+    """One line for each arch: top-1, UperNet, and Mask R-CNN 1x and 3x."""
+    cells = re.findall(r'^\| OverLoCK-(\w+) \| \d+M \| ([\d.]+) \| (.+) \|$', README, re.M)
+    assert len(cells) == 4
+    top1 = {
+        e['Name'].removeprefix('overlock_'): e['Results'][0]['Metrics']['Top 1 Accuracy']
+        for e in CLASSIFIERS['Models']
+    }
+    published = rows()
+    for arch, accuracy, rest in cells:
+        arch = arch.lower()
+        names = (
+            'upernet_overlock_{}',
+            'mask_rcnn_overlock_{}_1x',
+            'mask_rcnn_overlock_{}_3x',
+        )
+        assert float(accuracy) == top1[arch]
+        for cell, name in zip(rest.split(' | '), names, strict=True):
+            assert metrics(cell) == published[name.format(arch)], (arch, name)
+
+
+def test_weights_are_those_of_the_documents():
+    (address,) = in_documents(r'The released files are at `(\S+)`')
+    patterns = in_documents(r'(?m)^\| `((?:upernet|maskrcnn)\S+\.pth)` \|')
     expected = {}
     for arch, size in dict(t='tiny', s='small', b='base').items():
         expected[f'upernet_overlock_{arch}'] = f'upernet_overlock_{size}_ade20k.pth'
@@ -139,7 +172,7 @@ def test_weights_are_those_of_the_readme():
 def test_metadata_is_that_of_the_config(entry, read):
     cfg = read(entry['Config'])
     backbone = f'OverLoCK-{cfg.model.backbone.arch.upper()}'
-    (parameters,) = re.findall(rf'^\| {backbone} \| (\d+)M \|', README, re.M)
+    (parameters,) = in_documents(rf'(?m)^\| {backbone} \| (\d+)M \|')
     assert entry['Metadata'] == {
         'Backbone': backbone,
         'Backbone Parameters (M)': int(parameters),
@@ -151,6 +184,33 @@ def test_metadata_is_that_of_the_config(entry, read):
     if 'Weights' in entry:  # the ImageNet weights are in the same place
         start = cfg.model.backbone.init_cfg.checkpoint
         assert start.rpartition('/')[0] == entry['Weights'].rpartition('/')[0]
+
+
+def test_classifiers():
+    """Those of timm, with the numbers and weights of the documents."""
+    published = in_documents(r'(?m)^\| OverLoCK-(\w+) \| (\d+)M \| [\d.]+G \| ([\d.]+) \|')
+    released = in_documents(r'(?m)^\| `(overlock_\{\S+_224\.pth)` \|')
+    assert len(published) == 4 and len(released) == 1
+    files = expanded(released[0])
+    (collection,) = CLASSIFIERS['Collections']
+    (title,) = in_documents(r'(?m)^  title=\{(.+)\},$')
+    assert collection['Paper']['Title'] == title
+    assert (ROOT / collection['README']).is_file()
+    for entry, (arch, size, top1), file in zip(
+        CLASSIFIERS['Models'], published, files, strict=True
+    ):
+        assert entry == {
+            'Name': f'overlock_{arch.lower()}',
+            'In Collection': collection['Name'],
+            'Metadata': {
+                'Backbone': f'OverLoCK-{arch}',
+                'Backbone Parameters (M)': int(size),
+                'Training Data': 'ImageNet-1K',
+            },
+            'Results': as_results({'Top 1 Accuracy': float(top1)}),
+            'Weights': default_cfgs[entry['Name']].cfgs['in1k'].url,
+        }
+        assert entry['Weights'].endswith(f'/{file}')
 
 
 @pytest.mark.parametrize(
