@@ -5,7 +5,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 20000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo demo-detection families lint test test-slow test-openmmlab format clean
+.PHONY: setup demo demo-detection families lint test test-slow test-openmmlab test-browser docs docs-serve format clean
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -26,20 +26,32 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not browser'
 
 test-slow: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not browser'
 
 # What needs a later torch than OpenMMLab's packages were made for is left out.
 test-openmmlab:
 	@$(PYTHON) tools/setup_env.py openmmlab
-	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not dev_stack' \
+	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not dev_stack and not browser' \
 		--ignore=tests/models/test_compile.py --ignore=tests/ops
+
+# overlock serve in a real browser.
+test-browser: setup
+	@command -v chromium > /dev/null || { echo "Chromium is not installed; run: apt-get install chromium"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/apis/test_serve_browser.py
+
+# The documentation as a site in site/; a broken link is an error.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-openmmlab data/demo work_dirs/demo_segmentation work_dirs/demo_detection
+	rm -rf .venv .venv-openmmlab site data/demo work_dirs/demo_segmentation work_dirs/demo_detection

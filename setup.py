@@ -67,8 +67,10 @@ setup(
             'ftfy',
             'regex',
         ],
+        'serve': ['nicegui>=3.0'],
+        'visualize': ['grad-cam>=1.5'],
         'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools', 'opencv-python'],
-        'test': ['pytest>=8', 'pytest-xdist', 'ruff'],
+        'test': ['pytest>=8', 'pytest-xdist', 'ruff', 'fvcore', 'tensorboard'],
     },
     classifiers=[
         'Development Status :: 4 - Beta',

@@ -1,4 +1,4 @@
-"""The README's recipes, as they stand there, on the toolboxes' stock configs."""
+"""The code and commands of the README and of docs/swap.md, as they stand there."""
 
 import re
 from pathlib import Path
@@ -9,22 +9,79 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from PIL import Image
 
 from overlock_mm import OverLoCK
+from overlock_mm.cli import main
 from overlock_mm.config.load import build_model, load_config
 
-SECTION = (ROOT / 'README.md').read_text().split('## Use it in your own config')[1]
-BLOCKS = re.findall(r'```python\n(.*?)```', SECTION.split('\n## ')[0], re.DOTALL)
+README = (ROOT / 'README.md').read_text()
+SWAP = (ROOT / 'docs/swap.md').read_text()
 STOCK = dict(
     mmseg=('upernet', 'upernet_r50_4xb4-160k_ade20k-512x512.py', mmseg),
     mmdet=('mask_rcnn', 'mask-rcnn_r50_fpn_1x_coco.py', mmdet),
 )
 
 
-def block(text):
-    """The one code block that holds the text."""
-    (found,) = (code for code in BLOCKS if text in code)
+def block(text, document=SWAP):
+    """The one code block of a document that holds the text."""
+    codes = re.findall(r'```\w+\n(.*?)```', document, re.DOTALL)
+    (found,) = (code for code in codes if text in code)
     return found
+
+
+def stock_config(toolbox):
+    folder, config, package = STOCK[toolbox]
+    return Path(package.__file__).parent / '.mim/configs' / folder / config
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_results_are_those_of_the_page():
+    """Every number of the README's table, beside the same backbone in docs/results.md."""
+    page = (ROOT / 'docs/results.md').read_text()
+    rows = re.findall(r'^\| (OverLoCK-\w+) \| (.*) \|$', README, re.M)
+    assert [name for name, _ in rows] == [f'OverLoCK-{a}' for a in ('XT', 'T', 'S', 'B')]
+    for name, cells in rows:
+        segmentation, detection = re.findall(rf'^\| {name} \| (.*) \|$', page, re.M)
+        parameters, _, accuracy, miou, _ = segmentation.split(' | ')
+        once, _, thrice, _ = detection.split(' | ')
+        assert cells.split(' | ') == [parameters, accuracy, miou, once, thrice]
+
+
+@pytest.mark.parametrize('document', [README, SWAP], ids=['README', 'swap'])
+def test_the_swap_command(document, tmp_path, monkeypatch):
+    (command,) = re.findall('^overlock (swap .*)', block('overlock swap', document), re.M)
+    (tmp_path / 'my_config.py').write_text(f'_base_ = {str(stock_config("mmseg"))!r}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['overlock', *command.split()])
+    main()
+    cfg = load_config('my_overlock_config.py')
+    assert (cfg.model.backbone.type, cfg.model.backbone.arch) == ('OverLoCK', 't')
+    assert cfg.model.decode_head.in_channels == list(OverLoCK.channels_of('t'))
+
+
+def test_the_predictor(configs, tmp_path, monkeypatch):
+    """The README's example predicts a photo, and its picture shows what was predicted."""
+    monkeypatch.chdir(tmp_path)
+    config = configs / 'segmentor.py'
+    (tmp_path / 'my_config.py').write_text(f'_base_ = {str(config)!r}\n')
+    torch.manual_seed(0)
+    state = build_model(load_config(config)).state_dict()
+    torch.save(dict(state_dict=state), 'my_checkpoint.pth')
+    photo = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
+    Image.fromarray(photo).save('photo.jpg')
+    names = {}
+    exec(block('Predictor', README), names)
+    labels = names['result'].pred_sem_seg.data
+    assert labels.shape == (1, 48, 80) and labels.max() < 10
+    picture = names['picture']
+    assert picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
+    names['result'].pred_sem_seg.data = (labels + 1) % 10
+    other = names['predictor'].draw('photo.jpg', names['result'])
+    assert other.shape != picture.shape or (other != picture).mean() > 0.3
 
 
 def segmentor_data():
@@ -62,9 +119,7 @@ def detector_data():
 )
 def test_recipes(toolbox, name, sample, tmp_path):
     """A model that is built, and has a loss."""
-    folder, config, package = STOCK[toolbox]
-    stock = Path(package.__file__).parent / '.mim/configs' / folder / config
-    (tmp_path / name).write_text(f'_base_ = {str(stock)!r}\n')
+    (tmp_path / name).write_text(f'_base_ = {str(stock_config(toolbox))!r}\n')
     (tmp_path / 'mine.py').write_text(block(name))
     model = build_model(load_config(tmp_path / 'mine.py')).train()
     assert isinstance(model.backbone, OverLoCK)
@@ -88,15 +143,16 @@ def test_weights():
 
 
 def test_channels():
-    rows = re.findall(r'\| `(\w+)` \| ([\d, ]+) \|', SECTION)
+    rows = re.findall(r'\| `(\w+)` \| ([\d, ]+) \|', SWAP)
     assert len(rows) == 4
     for arch, channels in rows:
         assert tuple(map(int, channels.split(', '))) == OverLoCK.channels_of(arch)
 
 
-def test_without_a_toolbox():
+@pytest.mark.parametrize('document', [README, SWAP], ids=['README', 'swap'])
+def test_without_a_toolbox(document):
     names = {}
-    exec(block('import torch'), names)
+    exec(block('import torch', document), names)
     channels = OverLoCK.channels_of('t')[1:]
     shapes = [
         (1, c, 224 // s, 320 // s) for c, s in zip(channels, (8, 16, 32), strict=True)
