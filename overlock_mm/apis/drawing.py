@@ -113,11 +113,12 @@ def draw_regions(
         return tinted
     order = [i for i in np.argsort(-counts, kind='stable') if counts[i]]
     total = labels.size / factor**2
-    entries = [(palette[i], f'{classes[i]} {_percent(counts[i] / total)}') for i in order]
+    entries = [(palette[i], f'{classes[i]} {percent(counts[i] / total)}') for i in order]
     return _with_legend(tinted, entries, style, legend_rows)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of a picture as text."""
     return '<1%' if share < 0.01 else f'{share:.0%}'
 
 

@@ -111,7 +111,7 @@ def infer(
         trust=trust,
     )
     kinds = _checked_kinds(save, predictor.toolbox)
-    writer = _Writer(predictor, out, kinds, score_thr)
+    writer = ResultWriter(predictor, out, kinds, score_thr)
     names = output_names(files)
     images = [path for path in files if not _is_video(path)]
     videos = [path for path in files if _is_video(path)]
@@ -247,7 +247,7 @@ def _checked_kinds(save: Sequence[str] | None, toolbox: str) -> tuple[str, ...]:
     return kinds
 
 
-class _Writer:
+class ResultWriter:
     """Saves results as they come, and at the end what lists them all."""
 
     def __init__(
@@ -378,7 +378,7 @@ def _json(value) -> str:
 
 
 def _predict_video(
-    predictor, writer: _Writer, path: str, name: str, batch_size: int
+    predictor, writer: ResultWriter, path: str, name: str, batch_size: int
 ) -> None:
     """Predict the frames of a video; pictures become a video, too."""
     reader = cv2.VideoCapture(path)

@@ -195,14 +195,18 @@ def _encoded(mask: np.ndarray, tile: Box, shape: tuple[int, int]) -> dict:
     """COCO's run-length code, in the whole image, of a mask in a tile."""
     from pycocotools import mask as coco_mask
 
-    top, left, bottom, right = tile
-    # COCO counts down the columns: all columns of the tile in full height
-    columns = np.zeros((right - left, shape[0]), bool)
+    top, left, bottom, _ = tile
+    used = np.flatnonzero(mask.any(axis=0))
+    if len(used):
+        left, mask = left + used[0], mask[:, used[0] : used[-1] + 1]
+    right = left + mask.shape[1]
+    # COCO counts down the columns: those with the mask in full height
+    columns = np.zeros((mask.shape[1], shape[0]), bool)
     columns[:, top:bottom] = mask.T
     changes = np.flatnonzero(np.diff(columns.ravel())) + 1
     edges = np.concatenate(([0], changes, [columns.size]))
     counts = np.diff(edges).tolist()
-    before, after = left * shape[0], (shape[1] - right) * shape[0]
+    before, after = int(left) * shape[0], int(shape[1] - right) * shape[0]
     if columns[0, 0]:
         counts = [before, *counts]
     else:

@@ -18,17 +18,22 @@ COMMANDS = dict(
     train='train a detector or segmentor from a config',
     test='evaluate a checkpoint of a detector or segmentor',
     infer='predict images, folders and videos; draw what was found',
+    serve='predict images in the browser',
     init='write a config for your own images and labels',
     swap='put OverLoCK, or a model of timm, into a config that you have',
     convert='convert a released checkpoint, or back',
     deploy='merge the dilated branches of a trained model',
     validate='top-1 and top-5 accuracy of a classifier on a folder of images',
+    reproduce='the published results again: published, obtained, difference',
+    visualize='draw figures: receptive fields, kernels, maps, trainings, errors',
+    flops='parameters and multiply-adds of a model, part by part',
     demo_data='make the demo data set',
     doctor='say what is installed, what is wrong with it, and how to fix it',
 )
 # What brings a package, where its name is not enough.
 _INSTALLED_BY = dict(
     dict.fromkeys(('mmengine', 'mmdet', 'mmseg'), "'overlock_mm[onedl]'"),
+    **dict.fromkeys(('nicegui', 'fastapi', 'uvicorn'), "'overlock_mm[serve]'"),
     **dict.fromkeys(('imgviz', 'skimage', 'pycocotools'), "'overlock_mm[demo]'"),
     cv2='opencv-python',
 )

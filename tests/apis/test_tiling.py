@@ -178,12 +178,15 @@ def test_an_image_without_objects():
     assert len(found) == 0 and found.bboxes.shape == (0, 4) and found.masks == []
 
 
-@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('seed', range(7))
 def test_run_lengths(seed):
     rng = np.random.default_rng(seed)
     shape, tile = (40, 50), (0, 0, 40, 50) if seed == 0 else (3, 7, 33, 47)
-    mask = rng.random((tile[2] - tile[0], tile[3] - tile[1])) < rng.random()
-    mask[0, 0], mask[-1, -1] = seed % 2, seed % 3 == 0
+    mask = rng.random((tile[2] - tile[0], tile[3] - tile[1])) < rng.random() * (seed < 6)
+    if seed < 6:
+        mask[0, 0], mask[-1, -1] = seed % 2, seed % 3 == 0
+    if seed == 5:
+        mask[:, :20] = mask[:, 30:] = False
     whole = np.zeros(shape, np.uint8)
     whole[tile[0] : tile[2], tile[1] : tile[3]] = mask
     found = _encoded(mask, tile, shape)
