@@ -194,7 +194,11 @@ def samples(cfg, loader, folder, count):
 
 
 # the cascade stands for 3x: it has the data of Mask R-CNN 3x
-BUILT = [path for path in KINDS if path.stem != 'mask_rcnn_overlock_t_3x']
+BUILT = [
+    pytest.param(path, marks=pytest.mark.slow) if 'cascade' in path.stem else path
+    for path in KINDS
+    if path.stem != 'mask_rcnn_overlock_t_3x'
+]
 
 
 @pytest.mark.parametrize('path', [*BUILT, *DEMOS], ids=name)
