@@ -274,18 +274,12 @@ def test_tiles(trained, toolbox):
     image = np.tile(IMAGE, (2, 2, 1))
     pipeline = Config.fromfile(config).test_dataloader.dataset.pipeline
     plain = [step for step in pipeline if step.type != 'Resize']
-    options = {'test_dataloader.dataset.pipeline': plain}
-    if toolbox == 'mmdet':
-        # where nothing says how an image was resized
-        options['test_dataloader.dataset.pipeline'][-1]['meta_keys'] = (
-            'img_id',
-            'img_path',
-            'ori_shape',
-            'img_shape',
-            'scale_factor',
-        )
-    whole = Predictor(config, checkpoint, cfg_options=options)(image)
-    one = Predictor(config, checkpoint, tile=256)(image)
+    resized = [plain[0], dict(type='Resize', scale=(50, 50)), *plain[1:]]
+    plain, resized = (
+        {'test_dataloader.dataset.pipeline': steps} for steps in (plain, resized)
+    )
+    whole = Predictor(config, checkpoint, cfg_options=plain)(image)
+    one = Predictor(config, checkpoint, tile=256, cfg_options=resized)(image)
     assert one.ori_shape == (192, 160)
     predictor = Predictor(config, checkpoint, tile=96, overlap=16)
     found = predictor(image)
