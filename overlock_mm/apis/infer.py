@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..datasets.survey.images import list_images
+from ..datasets.survey.images import SUFFIXES, files_below
 from ..errors import UserError
 from .drawing import decoded
 from .inference import Predictor, UnreadableError
+from .tiling import objects_of
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 # What can be saved, and by which toolbox.
@@ -36,14 +38,18 @@ class Summary(NamedTuple):
     """What became of the inputs."""
 
     images: int  # that were predicted, frames of videos included
-    unreadable: tuple[str, ...]  # what could not be read, with the reason
+    failed: tuple[str, ...]  # what could not be read or predicted, with the reason
+    left_out: Counter  # files in folders that are no images or videos, by suffix
     out: Path
 
     def __str__(self):
         text = f'Predicted {self.images} images; the results are in {self.out}.'
-        if self.unreadable:
-            text += f' {len(self.unreadable)} could not be read:'
-            text += ''.join(f'\n  {reason}' for reason in self.unreadable)
+        if self.left_out:
+            listed = ', '.join(f'{n} of {s}' for s, n in self.left_out.most_common(5))
+            text += f' Other files in the folders were left out: {listed}.'
+        if self.failed:
+            text += f' {len(self.failed)} failed:'
+            text += ''.join(f'\n  {reason}' for reason in self.failed)
         return text
 
 
@@ -98,8 +104,12 @@ def infer(
     for kind in save or ():
         if kind not in KINDS:
             raise UserError(f'--save {kind} is not known; use some of {", ".join(KINDS)}')
-    files, unreadable = find_inputs(inputs)
+    if batch_size < 1:
+        raise UserError(f'--batch {batch_size} must be at least 1')
+    if not 0 <= score_thr <= 1:
+        raise UserError(f'--score-thr {score_thr} must be within 0..1')
     out = _checked_folder(out, force)
+    files, failed, left_out = find_inputs(inputs, out)
     predictor = Predictor(
         config,
         checkpoint,
@@ -123,38 +133,70 @@ def infer(
                     try:
                         loaded.append((path, predictor.load(path)))
                     except UnreadableError as error:
-                        unreadable.append(str(error))
-                results = predictor.predict([data for _, data in loaded], batch_size)
-                for (path, data), result in zip(loaded, results, strict=True):
+                        failed.append(str(error))
+                for path, data, result in _predicted(predictor, loaded, batch_size, failed):
                     writer.write(names[path], path, data, result)
                 bar.update(len(part))
         for path in videos:
             try:
                 _predict_video(predictor, writer, path, names[path], batch_size)
             except UnreadableError as error:
-                unreadable.append(str(error))
+                failed.append(str(error))
     finally:  # an interrupted run keeps what it has
         writer.close()
-    return Summary(writer.count, tuple(unreadable), out)
+    return Summary(writer.count, tuple(failed), left_out, out)
 
 
-def find_inputs(inputs: Sequence[str | Path]) -> tuple[list[str], list[str]]:
+def _predicted(predictor, loaded: list, batch_size: int, failed: list[str]) -> Iterator:
+    """Paths, images and results; what the model refuses is added to ``failed``."""
+    try:
+        results = predictor.predict([data for _, data in loaded], batch_size)
+    except UserError:
+        raise
+    except Exception as error:  # a model may raise anything on an image of odd sides
+        if len(loaded) > 1:  # find out which
+            for item in loaded:
+                yield from _predicted(predictor, [item], 1, failed)
+            return
+        path, data = loaded[0]
+        height, width = data['img'].shape[:2]
+        reason = (str(error).splitlines() or [''])[0]
+        failed.append(
+            f'{path} ({width}x{height} pixels) cannot be predicted: '
+            f'{type(error).__name__}: {reason}'
+        )
+        return
+    for (path, data), result in zip(loaded, results, strict=True):
+        yield path, data, result
+
+
+def find_inputs(
+    inputs: Sequence[str | Path], out: Path
+) -> tuple[list[str], list[str], Counter]:
     """The image and video files that are meant.
 
     Args:
         inputs: files, patterns and folders.
+        out: folder of the results, which are not inputs.
 
     Returns:
-        Paths, each once; and for each input that leads to none, the reason.
+        Paths, each once; for each input that leads to none, the reason; and how many
+        other files the folders have, by suffix.
 
     Raises:
-        UserError: if there is no file at all.
+        UserError: if there is no file at all, or ``out`` is one of the folders.
     """
-    files, problems = {}, []
+    files, problems, others = {}, [], Counter()
+    results = os.path.realpath(out)
     for given in map(str, inputs):
         path = os.path.expanduser(given)
         if os.path.isdir(path):
-            found, reason = _files_below(path)
+            if os.path.realpath(path) == results:
+                raise UserError(
+                    f'{given} is the folder of the images and of the results; give another '
+                    'one with --out'
+                )
+            found, reason = _files_below(path, results, others)
         elif os.path.isfile(path):
             found, reason = [path], ''
         else:
@@ -168,23 +210,22 @@ def find_inputs(inputs: Sequence[str | Path]) -> tuple[list[str], list[str]]:
         files.update(dict.fromkeys(found))
     if not files:
         raise UserError(f'nothing to predict: {"; ".join(problems) or "no input is given"}')
-    return list(files), problems
+    return list(files), problems, others
 
 
-def _files_below(folder: str) -> tuple[list[str], str]:
-    found, reason = [], ''
-    try:
-        found = [str(path) for path in list_images(Path(folder))[0]]
-    except UserError as error:
-        reason = str(error)
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        found += [
-            os.path.join(root, name)
-            for name in sorted(names)
-            if _is_video(name) and not name.startswith('.')
-        ]
-    return found, reason
+def _files_below(folder: str, results: str, others: Counter) -> tuple[list[str], str]:
+    """Images and videos below a folder, and what to say if there are none."""
+    found, there = [], Counter()
+    for path in sorted(files_below(Path(folder))):
+        if os.path.realpath(path).startswith(results + os.sep):
+            continue
+        if path.suffix.lower() in (*SUFFIXES, *VIDEOS):
+            found.append(str(path))
+        else:
+            there[path.suffix or path.name] += 1
+    others.update(there)
+    listed = ', '.join(f'{n} of {s}' for s, n in there.most_common(3)) or 'no files'
+    return found, f'{folder} has no images or videos; there are {listed}'
 
 
 def output_names(paths: Sequence[str]) -> dict[str, str]:
@@ -224,13 +265,8 @@ def _checked_folder(out: str | Path, force: bool) -> Path:
             f'{out} has files already; give another folder with --out, or --force to write '
             'into it'
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f'{out} cannot be made: {error.strerror}; give another --out'
-        ) from error
-    if not os.access(out, os.W_OK):
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f'{out} cannot be written to; give another folder with --out')
     return out
 
@@ -318,7 +354,7 @@ class ResultWriter:
     def _objects(self, result) -> list[dict]:
         from pycocotools import mask as coco_mask
 
-        found = result.pred_instances
+        found = objects_of(result)
         objects = []
         for i in np.flatnonzero(found.scores.numpy() >= self.score_thr):
             x0, y0, x1, y1 = found.bboxes[i].tolist()
@@ -340,7 +376,9 @@ class ResultWriter:
         return objects
 
     def close(self) -> None:
-        """Write the files that list everything."""
+        """Write the files that list everything, if there is anything."""
+        if not self.count:
+            return
         names, palette = self.predictor.classes, self.predictor.palette
         if 'json' in self.kinds:
             content = dict(classes=names, palette=palette, images=self.entries)

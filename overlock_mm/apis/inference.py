@@ -1,16 +1,18 @@
 """Predicting images with a trained model, without labels."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import TRANSFORMS
 
 from ..checkpoint import dataset_meta_of, read_weights, unwrap
+from ..checkpoint.kinds import shown
 from ..checkpoint.matching import fit
 from ..config.data_checks import DataSet, plain
 from ..config.edit import (
@@ -28,7 +30,9 @@ from ..models import OverLoCK, fold
 from .drawing import draw_objects, draw_regions, to_rgb
 from .files import check_file
 from .messages import say
-from .tiling import Tiling, join_labels, join_objects
+from .tiling import Tiling, join_labels, join_objects, objects_of
+
+_DTYPES = [np.dtype(t) for t in ('uint8', 'uint16', 'int16', 'float32', 'float64')]
 
 
 class UnreadableError(Exception):
@@ -87,6 +91,7 @@ class Predictor:
         cfg_options: dict | None = None,
         trust: bool = False,
     ):
+        _check_types(config, checkpoint, tile, overlap, cfg_options)
         is_path = isinstance(config, str | os.PathLike)
         self.cfg = load_config(config, cfg_options) if is_path else deepcopy(config)
         if not is_path:
@@ -97,7 +102,7 @@ class Predictor:
         if tile is None and overlap is not None:
             raise UserError(f'overlap={overlap} is for tiles, and no tile size is given')
         without_pretrained(self.cfg.get('model'))
-        self.model = build_model(self.cfg)
+        self.model = _built(build_model, self.cfg, 'the model')
         checkpoint = check_file(checkpoint, 'checkpoint')
         meta = _load_strictly(self.model, read_weights(checkpoint, trust=trust), checkpoint)
         self.classes, self.palette = self._names(meta)
@@ -113,8 +118,8 @@ class Predictor:
         """Predict one image or several.
 
         Args:
-            images: a path or URL, or an array in RGB, ``(H, W, 3)`` in uint8; or a list of
-                these. Arrays with other channels or dtypes are taken as they are.
+            images: a path or URL, or an array in RGB, ``(H, W, 3)``, with values of 0..255;
+                or a list of these. A model of other channels takes them as they are.
             batch_size: images that go through the model at once. Those of different sizes
                 go one after the other, so that results do not depend on it.
 
@@ -158,15 +163,32 @@ class Predictor:
             raise UserError(
                 f'an image has the shape (H, W) or (H, W, C), this one {image.shape}'
             )
-        if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+        if image.dtype not in _DTYPES:
+            raise UserError(
+                f'an image has the dtype {", ".join(map(str, _DTYPES))}, this one '
+                f'{image.dtype}; convert it'
+            )
+        loader = self._loading[0]
+        if str(getattr(loader, 'color_type', 'color')).startswith('color'):
+            _check_values(image)
+            if image.ndim == 2:  # as files in grey are read
+                image = image[..., None].repeat(3, axis=2)
+            if image.shape[2] != 3:
+                raise UserError(
+                    f'this model reads images in RGB, (H, W, 3), and this one is '
+                    f'{image.shape}; convert it'
+                )
+        if image.ndim == 3 and image.shape[2] == 3:
             image = image[..., ::-1]  # BGR, as files are read
-        image = np.ascontiguousarray(image)
-        if getattr(self._loading[0], 'to_float32', False):
+        if image.dtype == np.float64 or getattr(loader, 'to_float32', False):
             image = image.astype(np.float32)
+        image = np.ascontiguousarray(image)
         return self._described(dict(img=image, img_path=''))
 
     def _loaded_file(self, path: str) -> dict:
         path = os.path.expanduser(path)
+        if os.path.isdir(path):
+            raise UnreadableError(f'{path} is a folder; give the images in it')
         if '://' not in path and not os.path.isfile(path):
             raise UnreadableError(f'{path} does not exist')
         data = dict(img_path=path, img_id=0)
@@ -191,13 +213,13 @@ class Predictor:
         Returns:
             One data sample for each, as from a call.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f'batch_size={batch_size} must be a whole number from 1')
         if self.tiling is not None:
             return [self._predict_tiles(data, batch_size) for data in loaded]
         return self._predict_batches(loaded, batch_size)
 
     def _predict_batches(self, loaded: Sequence[dict], batch_size: int) -> list:
-        if batch_size < 1:
-            raise UserError(f'batch_size={batch_size} must be at least 1')
         batch, results = [], []
         for data in loaded:
             packed = self._packed(data)
@@ -275,11 +297,16 @@ class Predictor:
             A picture in RGB, uint8. It has the size of the image, small ones are enlarged,
             and the legend is below it.
         """
-        unknown = set(hidden) - set(self.classes)
+        hidden = [hidden] if isinstance(hidden, str) else list(hidden)
+        unknown = [name for name in hidden if name not in self.classes]
         if unknown:
             raise UserError(
-                f'hidden={sorted(unknown)} are not among the classes {self.classes}'
+                f'hidden={unknown} are not among the {len(self.classes)} classes of the '
+                f'model, such as {", ".join(self.classes[:5])}'
             )
+        for name, value in (('score_thr', score_thr), ('opacity', opacity)):
+            if not 0 <= value <= 1:
+                raise UserError(f'{name}={value} must be within 0..1')
         data = image if isinstance(image, dict) else self.load(image)
         shown = [name not in hidden for name in self.classes]
         options = dict(
@@ -292,13 +319,10 @@ class Predictor:
         )
         if 'pred_sem_seg' in result:
             labels = result.pred_sem_seg.data.squeeze(0).numpy()
+            _check_size(labels.shape, data)
             return draw_regions(to_rgb(data['img']), labels, **options)
-        if 'pred_instances' not in result:
-            raise UserError(
-                f'{type(self.model).__name__} predicts {", ".join(result.keys())}; regions '
-                'and objects can be drawn'
-            )
-        objects = result.pred_instances
+        objects = objects_of(result)
+        _check_size(result.get('ori_shape', data['img'].shape[:2]), data)
         objects = objects[objects.scores >= score_thr]
         return draw_objects(to_rgb(data['img']), objects, **options)
 
@@ -374,7 +398,60 @@ class Predictor:
             for step, name in zip(steps[reading:], names[reading:], strict=True)
             if self.tiling is None or 'Resize' not in name
         ]
-        return Compose(steps[:reading]).transforms, Compose(kept).transforms
+        return tuple(
+            _built(lambda part: Compose(part).transforms, part, 'the test pipeline')
+            for part in (steps[:reading], kept)
+        )
+
+
+def _check_types(config, checkpoint, tile, overlap, cfg_options) -> None:
+    if not isinstance(config, str | os.PathLike | Config):
+        raise UserError(
+            f'config must be a path or a Config of mmengine, not a {type(config).__name__}'
+        )
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise UserError(
+            f'checkpoint must be a path or URL, not a {type(checkpoint).__name__}'
+        )
+    if not isinstance(cfg_options, dict | None):
+        raise UserError(f'cfg_options={cfg_options!r} must be a dict of values by key')
+    for name, value in (('tile', tile), ('overlap', overlap)):
+        if not isinstance(value, int | None):
+            raise UserError(f'{name}={value!r} must be a whole number of pixels')
+
+
+def _check_values(image: np.ndarray) -> None:
+    """Refuse arrays that a model of 8-bit images would take for another image."""
+    low, high = image.min(), image.max()
+    if not (low >= 0 and high <= 255):  # or it is not finite
+        raise UserError(
+            f'the values of the image are within {low}..{high}, and the model is for those '
+            'of 8-bit files, 0..255; scale them'
+        )
+    if image.dtype.kind == 'f' and 0 < high <= 1:
+        raise UserError(
+            'the values of the image are within 0..1, and the model is for those of 8-bit '
+            'files, 0..255; multiply them by 255'
+        )
+
+
+def _check_size(size, data: dict) -> None:
+    if tuple(size) != tuple(data['img'].shape[:2]):
+        raise UserError(
+            f'the result is of an image of {size[1]}x{size[0]} pixels, and this one has '
+            f'{data["img"].shape[1]}x{data["img"].shape[0]}; give the image that it is of'
+        )
+
+
+def _built(build: Callable, config, what: str):
+    """Build a part of a config; registries raise many types of errors."""
+    try:
+        return build(config)
+    except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f'{what} of the config cannot be built: {type(error).__name__}: '
+            f'{" ".join(str(error).split())} (--debug shows where)'
+        ) from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -382,8 +459,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f'device {device} cannot be used: {reason}; try cpu') from error
     return device
@@ -403,13 +480,21 @@ def _load_strictly(model, content, checkpoint: str) -> dict:
     _, state = unwrap(content, checkpoint)
     own = model.state_dict()
     counters = {k: v for k, v in own.items() if k.endswith('.num_batches_tracked')}
-    try:
-        model.load_state_dict({**counters, **state})
-    except RuntimeError as error:
+    state = {**counters, **state}
+    problems = {
+        'missing from it': [k for k in own if k not in state],
+        'not in the model': [k for k in state if k not in own],
+        'of another shape': [
+            k for k, v in own.items() if k in state and state[k].shape != v.shape
+        ],
+    }
+    listed = [f'{len(k)} keys are {what}: {shown(k)}' for what, k in problems.items() if k]
+    if listed:
         raise CheckpointError(
-            f'{checkpoint} does not fit the model of the config: '
-            f'{" ".join(str(error).split())}'
-        ) from error
+            f'{checkpoint} does not fit the model of the config: {"; ".join(listed)}. Give '
+            'the checkpoint that was trained with this config'
+        )
+    model.load_state_dict(state)
     return dataset_meta_of(content)
 
 

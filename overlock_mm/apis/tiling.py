@@ -159,7 +159,7 @@ def join_objects(
     boxes, scores, labels, owners, masks = [], [], [], [], []
     has_masks = False
     for owner, sample in enumerate(_in_batches(tiles, predict, batch_size)):
-        found, (top, left, _, _) = sample.pred_instances, tiles[owner]
+        found, (top, left, _, _) = objects_of(sample), tiles[owner]
         boxes.append(found.bboxes.float() + found.bboxes.new_tensor([left, top, left, top]))
         scores.append(found.scores)
         labels.append(found.labels)
@@ -184,6 +184,24 @@ def join_objects(
 
         joined.masks = [coco_mask.merge([masks[i] for i in group]) for group in groups]
     return DetDataSample(pred_instances=joined)
+
+
+def objects_of(result):
+    """The objects in a data sample of a detector.
+
+    Raises:
+        UserError: if there are none, or they are only a part of what was predicted.
+    """
+    if 'pred_panoptic_seg' in result:
+        raise UserError(
+            'the model predicts panoptic segments, which are not drawn or saved here; '
+            "use MMDetection's DetInferencer"
+        )
+    if 'pred_instances' not in result:
+        raise UserError(
+            f'a prediction has pred_sem_seg or pred_instances; this one: {result.keys()}'
+        )
+    return result.pred_instances
 
 
 def _in_batches(boxes: list[Box], predict: Callable, batch_size: int) -> Iterator:

@@ -60,7 +60,7 @@ def read_weights(source: str | Path, map_location: str = 'cpu', trust: bool = Fa
         raise CheckpointError(
             f'{path} holds {error}, which weights do not need and which may run code. '
             'Nothing was run or loaded. If you know where the file comes from and trust '
-            'it, use trust=True'
+            'it, use trust=True (--trust on the command line)'
         ) from error
     except Exception as error:  # a damaged file can raise any
         raise CheckpointError(f'{path} {_reason(path, error, trust)}') from error

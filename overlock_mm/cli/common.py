@@ -30,6 +30,7 @@ def plain_errors() -> Iterator[None]:
         sys.stderr.write(f'error{where}: {error}\n')
         sys.exit(2)
     except KeyboardInterrupt:
+        sys.stderr.write('interrupted\n')
         sys.exit(130)  # the usual status of an interrupted command
 
 

@@ -1,7 +1,7 @@
 """Predict images, folders of images and videos with a trained detector or segmentor.
 
 Pictures and label files go into the folder of --out, under the names of the inputs.
-The exit status is 3 if a file could not be read.
+The exit status is 3 if a file could not be read or predicted.
 """
 
 import argparse
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--save',
         nargs='+',
+        action='extend',
         metavar='KIND',
         help='what to save: pictures, png (label maps), json, coco (default: pictures and '
         'png of a segmentor, pictures and coco of a detector)',
@@ -70,4 +71,4 @@ def run(args: argparse.Namespace) -> int:
     options = vars(args)
     summary = infer(batch_size=options.pop('batch'), **options)
     print(summary)
-    return 3 if summary.unreadable else 0
+    return 3 if summary.failed else 0

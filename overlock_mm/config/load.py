@@ -93,8 +93,8 @@ def load_config(config: str | Path, options: dict | None = None):
     """Read a config, override keys of it, and check that what it needs is installed.
 
     Args:
-        config: path of a config of MMDetection or MMSegmentation; one of this package also
-            as ``'overlock_mm::segmentation/upernet_overlock_t.py'``.
+        config: path of a config of MMDetection or MMSegmentation; one of a package also as
+            ``'overlock_mm::segmentation/upernet_overlock_t.py'`` or ``'mmdet::...'``.
         options: values by key, as ``{'train_dataloader.batch_size': 4}``.
 
     Returns:
@@ -119,6 +119,10 @@ def load_config(config: str | Path, options: dict | None = None):
 
 def _check_path(config: str | Path) -> Path:
     path = config_path(config)
+    package, mark, name = str(config).partition('::')
+    if mark and package in _TOOLBOXES:
+        _require(package)
+        path = Path(importlib.util.find_spec(package).origin).parent / '.mim/configs' / name
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'

@@ -57,15 +57,36 @@ def files_in(folder):
 
 def test_folders_patterns_and_files(photos):
     everything = sorted([*photos, 'photos/b/bad.jpg'])
-    assert sorted(find_inputs(['photos'])[0]) == everything
-    found, problems = find_inputs(['photos/*/1.*', 'photos/a/1.png', 'nowhere', 'x*.png'])
+    found, problems, others = find_inputs(['photos'], Path('out'))
+    assert sorted(found) == everything and not problems and others == {'.txt': 1}
+    given = ['photos/*/1.*', 'photos/a/1.png', 'nowhere', 'x*.png']
+    found, problems, _ = find_inputs(given, Path('out'))
     assert sorted(found) == sorted(photos[:3])
     assert len(problems) == 2 and all('does not exist' in p for p in problems)
-    assert find_inputs(['photos/**/*.jpg'])[0] == ['photos/b/1.jpg', 'photos/b/bad.jpg']
-    assert find_inputs(['photos/readme.txt'])[0] == ['photos/readme.txt']  # as was said
+    found = find_inputs(['photos/**/*.jpg'], Path('out'))[0]
+    assert found == ['photos/b/1.jpg', 'photos/b/bad.jpg']
+    found = find_inputs(['photos/readme.txt'], Path('out'))[0]
+    assert found == ['photos/readme.txt']  # as was said
     Path('empty').mkdir()
     with pytest.raises(UserError, match='nothing to predict.*empty has no images'):
-        find_inputs(['empty'])
+        find_inputs(['empty'], Path('out'))
+
+
+def test_results_are_no_inputs(photos):
+    Path('photos/out/pictures').mkdir(parents=True)
+    Image.fromarray(PHOTO).save('photos/out/pictures/1.png')
+    found, _, _ = find_inputs(['photos'], Path('photos/out'))
+    assert sorted(found) == sorted([*photos, 'photos/b/bad.jpg'])
+    with pytest.raises(UserError, match='the folder of the images and of the results'):
+        find_inputs(['photos/'], Path('photos'))
+
+
+def test_links_are_followed_but_not_round_and_round(photos):
+    Path('photos/a/up').symlink_to('..')
+    Path('photos/link').symlink_to('b')
+    found = find_inputs(['photos'], Path('out'))[0]
+    linked = [f'photos/link/{name}' for name in ('1.jpg', '1.png', 'bad.jpg')]
+    assert sorted(found) == sorted([*photos, 'photos/b/bad.jpg', *linked])
 
 
 def test_names_do_not_meet():
@@ -89,7 +110,7 @@ def test_a_segmentor(models, photos):
         batch_size=3,
     )
     assert summary.images == 4
-    assert summary.unreadable == ('photos/b/bad.jpg cannot be read as an image',)
+    assert summary.failed == ('photos/b/bad.jpg cannot be read as an image',)
     maps = ['a/1.png', 'b/1.jpg.png', 'b/1.png.png', 'ü/x y.png']
     expected = [f'{kind}/{m}' for kind in ('label_maps', 'pictures') for m in maps]
     expected += ['label_maps/classes.json', 'predictions.json']
@@ -127,7 +148,7 @@ def test_a_detector(models, photos):
         score_thr=0.0,
         cfg_options=options,
     )
-    assert summary.images == 2 and not summary.unreadable
+    assert summary.images == 2 and not summary.failed
     assert files_in('out') == [
         'coco.json',
         'pictures/a/1.png',
@@ -157,7 +178,7 @@ def test_a_detector(models, photos):
         annotations[0]['bbox'], [x0, y0, x1 - x0, y1 - y0], atol=0.01
     )
     again = infer(
-        config, checkpoint, ['photos/a'], 'few', score_thr=1.1, cfg_options=options
+        config, checkpoint, ['photos/a'], 'few', score_thr=1.0, cfg_options=options
     )
     assert again.images == 1 and not COCO('few/coco.json').anns
 
@@ -178,7 +199,7 @@ def test_a_video(models, photos):
         batch_size=2,
     )
     assert summary.images == 3
-    assert summary.unreadable == ('bad.mp4 cannot be read as a video',)
+    assert summary.failed == ('bad.mp4 cannot be read as a video',)
     maps = [f'label_maps/v/00000{i}.png' for i in (1, 2, 3)]
     assert files_in('out') == sorted([*maps, 'label_maps/classes.json', 'pictures/v.mp4'])
     reader = cv2.VideoCapture('out/pictures/v.mp4')
@@ -203,6 +224,11 @@ def test_what_cannot_be_done(models, photos):
         infer(*segmentor, ['photos'], 'photos/readme.txt')
     with pytest.raises(UserError, match='nothing to predict'):
         infer(*segmentor, ['nowhere'])
+    with pytest.raises(UserError, match='--batch 0 must be at least 1'):
+        infer(*segmentor, ['photos'], batch_size=0)
+    for score in (-0.1, 1.1, float('nan')):
+        with pytest.raises(UserError, match=f'--score-thr {score} must be within 0..1'):
+            infer(*segmentor, ['photos'], score_thr=score)
     assert (
         files_in('photos')
         and not Path('predictions').exists()
@@ -211,6 +237,21 @@ def test_what_cannot_be_done(models, photos):
     Image.fromarray(PHOTO).save('one.png')
     infer(*segmentor, ['one.png'], 'photos', save=['png'], force=True)
     assert 'label_maps/one.png' in files_in('photos') and 'readme.txt' in files_in('photos')
+
+
+def test_an_image_that_the_model_refuses(models, photos):
+    """It is named, and the others are done."""
+    for name, size in (('0.png', (2, 900)), ('9.png', (80, 64))):
+        Image.fromarray(PHOTO).resize(size).save(f'photos/a/{name}')
+    pipeline = Config.fromfile(models['segmentor'][0]).test_dataloader.dataset.pipeline
+    options = {'test_dataloader.dataset.pipeline': [pipeline[0], pipeline[-1]]}
+    summary = infer(
+        *models['segmentor'], ['photos/a'], 'out', batch_size=2, cfg_options=options
+    )
+    assert summary.images == 2
+    [reason] = summary.failed
+    assert 'photos/a/0.png (2x900 pixels) cannot be predicted: ValueError' in reason
+    assert 'label_maps/1.png' in files_in('out') and 'label_maps/9.png' in files_in('out')
 
 
 def test_an_interrupted_run_keeps_what_it_has(models, photos, monkeypatch):

@@ -91,6 +91,10 @@ def test_it_is_what_the_toolbox_predicts(trained, toolbox, tmp_path, fold):
     same(results[1], expected)
     same(results[2], expected)
     assert predictor([]) == []
+    if toolbox == 'mmseg':  # where nothing is resized, which rounds
+        same(predictor(IMAGE.astype(np.float32)), expected)  # RGB, whatever the dtype
+    grey = IMAGE[..., 0].copy()
+    same(predictor(grey), predictor(np.stack([grey] * 3, axis=-1)))
 
 
 def test_names_and_colours_are_those_of_the_checkpoint(trained, toolbox):
@@ -135,8 +139,13 @@ def test_draw(trained, toolbox, tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / 'a.png')
     by_path = predictor.draw(tmp_path / 'a.png', result, score_thr=0.0)
     np.testing.assert_array_equal(by_path, drawn)
-    with pytest.raises(UserError, match="'cat'.* not among the classes"):
-        predictor.draw(IMAGE, result, hidden=['cat'])
+    for hidden in ('cat', ['cat']):
+        with pytest.raises(UserError, match=r"hidden=\['cat'\] are not among the"):
+            predictor.draw(IMAGE, result, hidden=hidden)
+    with pytest.raises(UserError, match='of an image of 80x96 pixels'):
+        predictor.draw(IMAGE[:50], result)
+    with pytest.raises(UserError, match='opacity=5 must be within 0..1'):
+        predictor.draw(IMAGE, result, opacity=5)
     if toolbox == 'mmdet':
         found = result.pred_instances.scores
         few = predictor.draw(IMAGE, result, score_thr=found[1].item(), legend=False)
@@ -185,7 +194,7 @@ def test_another_backbone(tmp_path):
     state = model.state_dict()
     del state['decode_head.conv_seg.weight']
     torch.save(dict(state_dict=state), tmp_path / 'b.pth')
-    with pytest.raises(CheckpointError, match='conv_seg.weight'):
+    with pytest.raises(CheckpointError, match='1 keys are missing.*conv_seg.weight. Give'):
         Predictor(config, tmp_path / 'b.pth')
 
 
@@ -198,6 +207,17 @@ def test_images_that_cannot_be_used(trained, toolbox, tmp_path):
             predictor(tmp_path / name)
     with pytest.raises(UserError, match=r'absent.jpg does not exist'):
         predictor(tmp_path / 'absent.jpg')
+    with pytest.raises(UserError, match='is a folder'):
+        predictor(tmp_path)
+    for image, what in (
+        (IMAGE / 255, 'within 0..1'),
+        (IMAGE.astype(np.uint16) * 200, 'within 0..51000'),
+        (IMAGE.astype(np.float32) * np.nan, 'within nan..nan'),
+        (IMAGE.astype(np.int64), 'this one int64'),
+        (IMAGE.transpose(2, 0, 1), r'this one is \(3, 96, 80\)'),
+    ):
+        with pytest.raises(UserError, match=what):
+            predictor(image)
     with pytest.raises(UserError, match='not a Tensor'):
         predictor(torch.zeros(3, 8, 8))
     with pytest.raises(UserError, match='has the shape'):
@@ -224,6 +244,21 @@ def test_configs_that_cannot_be_used(trained, toolbox):
             Predictor(config, checkpoint, device)
     with pytest.raises(UserError, match='no tile size'):
         Predictor(config, checkpoint, overlap=3)
+    for arguments, what in (
+        ((None, checkpoint), 'not a NoneType'),
+        ((config, {}), 'checkpoint must be a path'),
+    ):
+        with pytest.raises(UserError, match=what):
+            Predictor(*arguments)
+    for options, what in (
+        (dict(tile='x'), "tile='x' must be a whole number"),
+        (dict(cfg_options='model.x=1'), 'must be a dict'),
+        (dict(device=3.5), 'cannot be used'),
+        (dict(cfg_options={'model.backbone.type': 'Nope'}), 'the model .*cannot be built'),
+        (dict(cfg_options={f'{key}.0.type': 'Nope'}), 'the test pipeline'),
+    ):
+        with pytest.raises(UserError, match=what):
+            Predictor(config, checkpoint, **options)
 
 
 def test_a_config_object_and_a_pure_pipeline(trained, toolbox):

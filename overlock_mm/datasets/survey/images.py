@@ -230,7 +230,7 @@ def list_images(folder: Path) -> tuple[list[Path], Counter]:
     if not folder.is_dir():
         raise UserError(f'{folder} is not a folder; give the folder of the files')
     images, others = [], Counter()
-    for path in sorted(_files(folder)):
+    for path in sorted(files_below(folder)):
         try:
             str(path).encode()
         except UnicodeEncodeError as error:
@@ -250,10 +250,16 @@ def list_images(folder: Path) -> tuple[list[Path], Counter]:
     return images, others
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, but for hidden ones; links are followed."""
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, but for hidden ones; links are followed, loops are not."""
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith('.')]
+        here = os.path.realpath(root) + os.sep
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith('.')
+            and not here.startswith(os.path.realpath(Path(root, name)) + os.sep)
+        ]
         yield from (Path(root, name) for name in names if not name.startswith('.'))
 
 
