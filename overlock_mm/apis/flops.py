@@ -343,6 +343,8 @@ def _cycle(count: int, length: int) -> torch.Tensor:
 def _count(subject: _Subject, inputs: tuple) -> Count:
     """Run the model, and count what every part of it does."""
     network, notes = subject.network, [*subject.notes]
+    if not hasattr(torch.utils.flop_counter, 'register_flop_formula'):
+        notes.append('torch before 2.2 does not count fused attention: use a later one')
     tops, inner = _parts(network)
     for options in subject.modes:
         counter = FlopCounterMode(display=False, custom_mapping=_missing_formulas())

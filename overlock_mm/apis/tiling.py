@@ -199,7 +199,8 @@ def objects_of(result):
         )
     if 'pred_instances' not in result:
         raise UserError(
-            f'a prediction has pred_sem_seg or pred_instances; this one: {result.keys()}'
+            f'a prediction has pred_sem_seg or pred_instances; this one: '
+            f'{", ".join(result.keys())}'
         )
     return result.pred_instances
 

@@ -5,6 +5,7 @@ published number. What is done already is not done again.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -51,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--images-per-gpu',
         type=int,
         metavar='N',
-        default=2,
         help='with --train: the most images on a GPU in an iteration (default: 2)',
     )
     parser.add_argument(
@@ -89,9 +89,20 @@ def run(args: argparse.Namespace) -> int:
     for path in files:
         if args.dry_run:
             raise UserError(f'--dry-run has no results to write to {path}; leave it out')
-        if not Path(path).expanduser().absolute().parent.is_dir():
+        file = Path(path).expanduser().absolute()
+        if not file.parent.is_dir():
             raise UserError(f'the folder of {path} does not exist; make it first')
+        if file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise UserError(f'{path} cannot be written: give the name of a file')
+    for given, option in (
+        (args.images_per_gpu is not None, '--images-per-gpu'),
+        (not args.pretrained, '--no-pretrained'),
+    ):
+        if given and not args.train:
+            raise UserError(f'{option} is for --train; add that, or leave it out')
     failures = {}
+    if args.images_per_gpu is None:
+        options.pop('images_per_gpu')
     if listing:
         results = api.results_of(api.select_rows(names or ['*']), args.out)
     elif not names:

@@ -94,7 +94,7 @@ def depthwise_conv2d(
 
 
 def _conv(x, weight, bias=None, dilation=1):
-    padding = dilation * (weight.shape[-1] // 2)
+    padding = [dilation * (k // 2) for k in weight.shape[2:]]
     return F.conv2d(x, weight, bias, 1, padding, dilation, weight.shape[0])
 
 

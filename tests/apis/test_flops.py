@@ -112,6 +112,7 @@ def test_parts_of_the_classifier():
     )
 
 
+@pytest.mark.dev_stack
 def test_attention():
     """torch has operations of its own for it on the CPU."""
     counted = count('timm/vit_tiny_patch16_224')
@@ -126,6 +127,7 @@ def test_attention():
     assert counter.get_total_flops() == 2 * expected
 
 
+@pytest.mark.dev_stack
 def test_deformable_convolutions():
     layer = ModulatedDeformConv2dPack(8, 12, 3, padding=1, groups=2)
     counter = FlopCounterMode(display=False, custom_mapping=flops._missing_formulas())

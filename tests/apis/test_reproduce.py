@@ -691,6 +691,9 @@ def test_options_survive_the_command_line():
         ([SEGMENTOR, '--train', '--images-per-gpu', '0'], 'must be at least 1'),
         ([SEGMENTOR, '--dry-run', '--json', 'a.json'], 'no results to write to a.json'),
         ([SEGMENTOR, '--json', 'no/a.json'], 'the folder of no/a.json does not exist'),
+        ([SEGMENTOR, '--json', '.'], '. cannot be written: give the name of a file'),
+        ([SEGMENTOR, '--no-pretrained'], '--no-pretrained is for --train'),
+        ([SEGMENTOR, '--images-per-gpu', '4'], '--images-per-gpu is for --train'),
         (
             [SEGMENTOR, '--train', '--cfg-options', 'train_dataloader.batch_size=4'],
             'train_dataloader.batch_size follows from --gpus',

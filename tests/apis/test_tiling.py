@@ -9,7 +9,14 @@ from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 from pycocotools import mask as coco_mask
 
-from overlock_mm.apis.tiling import Tiling, _encoded, _ramps, join_labels, join_objects
+from overlock_mm.apis.tiling import (
+    Tiling,
+    _encoded,
+    _ramps,
+    join_labels,
+    join_objects,
+    objects_of,
+)
 from overlock_mm.errors import UserError
 
 SIZES = [(64, 8), (64, 0), (64, 32), (65, 31), (100, 12)]
@@ -165,6 +172,16 @@ def test_what_is_one_object(boxes, labels, number):
 
     found = join_objects(Tiling.of(72, 16), (72, 128), predict).pred_instances
     assert len(found) == number and 'masks' not in found
+
+
+def test_panoptic_segments_are_not_dropped_in_silence():
+    sample = DetDataSample(pred_instances=InstanceData())
+    assert objects_of(sample) is sample.pred_instances
+    sample.pred_panoptic_seg = PixelData()
+    with pytest.raises(UserError, match='panoptic segments'):
+        objects_of(sample)
+    with pytest.raises(UserError, match='this one: gt_instances'):
+        objects_of(DetDataSample(gt_instances=InstanceData()))
 
 
 def test_an_image_without_objects():

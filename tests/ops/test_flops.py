@@ -41,7 +41,10 @@ def counted(function, counter=FlopCounterMode):
     return count.get_total_flops() / 2, out
 
 
-@pytest.mark.parametrize('backend', ['torch', 'reference', 'triton', 'auto'])
+@pytest.mark.parametrize(
+    'backend',
+    ['torch', 'reference', pytest.param('triton', marks=pytest.mark.dev_stack), 'auto'],
+)
 def test_contmix_counts_as_it_is_defined(backend):
     args = arguments()
     total, out = counted(lambda: contmix(*args, backend=backend))

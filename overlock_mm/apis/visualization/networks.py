@@ -33,7 +33,9 @@ class Normalisation(NamedTuple):
         """That of a detector or segmentor."""
         processor = model.data_preprocessor
         # toolboxes read BGR, and turn it around if the network takes RGB
-        bgr = not getattr(processor, '_channel_conversion', False)
+        # MMSegmentation's own packages name it without the underscore
+        names = ('_channel_conversion', 'channel_conversion')
+        bgr = not any(getattr(processor, name, False) for name in names)
         if not getattr(processor, '_enable_normalize', False):
             return cls((0.0,), (1.0,), bgr)
         mean, std = (v.flatten().tolist() for v in (processor.mean, processor.std))
