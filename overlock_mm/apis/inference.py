@@ -27,6 +27,7 @@ from ..datasets import ChannelsLast
 from ..datasets.survey.classes import make_palette
 from ..errors import CheckpointError, UserError
 from ..models import OverLoCK, fold
+from .devices import usable_device
 from .drawing import draw_objects, draw_regions, to_rgb
 from .files import check_file
 from .messages import say
@@ -97,7 +98,7 @@ class Predictor:
         if not is_path:
             self.cfg.merge_from_dict(cfg_options or {})
         self.toolbox = toolbox_of(self.cfg)
-        self.device = _device(device)
+        self.device = usable_device(device)
         self.tiling = None if tile is None else Tiling.of(tile, overlap)
         if tile is None and overlap is not None:
             raise UserError(f'overlap={overlap} is for tiles, and no tile size is given')
@@ -452,18 +453,6 @@ def _built(build: Callable, config, what: str):
             f'{what} of the config cannot be built: {type(error).__name__}: '
             f'{" ".join(str(error).split())} (--debug shows where)'
         ) from error
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = torch.device(device)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f'device {device} cannot be used: {reason}; try cpu') from error
-    return device
 
 
 def _load_strictly(model, content, checkpoint: str) -> dict:

@@ -15,6 +15,7 @@ from .. import timm as _registered  # noqa: F401  registers the models with timm
 from ..checkpoint import fit, form_of, read_weights, unwrap
 from ..errors import UserError
 from ..models import fold as fold_backbone
+from .devices import usable_device
 
 
 class Accuracy(NamedTuple):
@@ -72,7 +73,7 @@ def validate(
             folder has another number of classes than the model.
         CheckpointError: if the weights cannot be read, or do not fit the model.
     """
-    device = _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = usable_device(device)
     images = ImageFolder(folder)
     net = build_classifier(model, checkpoint or timm.get_pretrained_cfg(model).url, trust)
     if images.num_classes != net.num_classes:
@@ -101,14 +102,6 @@ def validate(
     size = tuple(config['input_size'][1:])
     how = config['crop_pct'], config['interpolation'], size
     return Accuracy(model, top1, top5, total, *how)
-
-
-def _usable(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f'device {name} cannot be used here: {reason}') from error
 
 
 class ImageFolder(Dataset):

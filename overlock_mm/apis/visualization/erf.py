@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ...archs import ARCHS
 from ...errors import UserError
+from ..devices import usable_device
 from ..files import check_output
-from ..validate import _usable
 from . import figures
 from .networks import Network, build_network, image_files, read_square
 
@@ -86,7 +86,7 @@ def erf(
     if size < 32 or num < 1:
         raise UserError(f'--size {size} must be at least 32 and --num {num} at least 1')
     models = _with_checkpoint(models, checkpoint)
-    device = _usable(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = usable_device(device)
     files = image_files(images, num) if images else None
     pictures = [read_square(file, size) for file in files or ()]
     fields = []
