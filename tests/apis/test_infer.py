@@ -1,5 +1,6 @@
 """overlock infer: which files are predicted, and what is saved under which name."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from overlock_mm.apis.infer import find_inputs, infer, output_names
+from overlock_mm.cli.infer import add_arguments
 from overlock_mm.config.load import build_model, load_config
 from overlock_mm.errors import UserError
 
@@ -291,3 +293,10 @@ def test_the_command(models, photos):
     failed = run([*command, '--save', 'gif'], '.', status=2)
     assert failed.stderr.strip().splitlines()[-1].startswith('error: --save gif')
     assert (ROOT / 'tools/infer.py').exists()
+
+
+def test_kinds_may_be_given_one_by_one():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ['c.py', 'c.pth', 'a.jpg', '--save', 'png', '--save', 'json', 'pictures']
+    assert parser.parse_args(given).save == ['png', 'json', 'pictures']

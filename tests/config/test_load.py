@@ -172,3 +172,9 @@ def test_bases_of_a_toolbox(base, tmp_path):
     path = tmp_path / 'a.py'
     path.write_text(f'_base_ = {[base]}')
     assert load_config(path).model.backbone.depth == 50
+
+
+def test_a_config_of_a_toolbox_by_its_name():
+    assert load_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').model.neck
+    with pytest.raises(UserError, match='mmseg::fcn/nothing.py does not exist'):
+        load_config('mmseg::fcn/nothing.py')
