@@ -4,6 +4,7 @@ Both families of OpenMMLab packages bring a ``mmengine``, so neither can be a de
 The backbone, its weights and its models in timm work without; everything else needs it.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
@@ -13,9 +14,15 @@ CONFIGS = Path(__file__).parent / '.mim/configs'
 
 
 def config_path(config: str | Path) -> Path:
-    """The file of a config, which may be given as ``'overlock_mm::NAME.py'``."""
+    """The file of a config, which may be given as ``'overlock_mm::NAME.py'``.
+
+    Packages are ``overlock_mm``, and ``mmdet`` and ``mmseg`` where they are installed.
+    """
     package, mark, name = str(config).partition('::')
-    return CONFIGS / name if mark and package == 'overlock_mm' else Path(config)
+    if mark and package == 'overlock_mm':
+        return CONFIGS / name
+    spec = find_spec(package) if mark and package in ('mmdet', 'mmseg') else None
+    return Path(spec.origin).parent / '.mim/configs' / name if spec else Path(config)
 
 
 try:

@@ -122,7 +122,7 @@ def _inherited(base: str | Path, out: str | Path) -> str:
     """How ``_base_`` names a file: by its toolbox where mmengine finds it."""
     if str(base).startswith('overlock_mm::'):
         return str(base)
-    base = Path(base).resolve()
+    base = config_path(base).resolve()
     for toolbox, package in (('mmdet', 'mmdet'), ('mmseg', 'mmsegmentation')):
         spec = importlib.util.find_spec(toolbox)
         configs = spec and Path(spec.origin).parent / '.mim' / 'configs'
@@ -140,7 +140,7 @@ def _mmengine_finds(package: str) -> bool:
 
 def _module(base: str | Path, out: str | Path) -> str:
     """How a pure-Python config imports another one."""
-    base = Path(base).resolve().with_suffix('')
+    base = config_path(base).resolve().with_suffix('')
     for toolbox in ('mmdet', 'mmseg'):
         spec = importlib.util.find_spec(toolbox)
         package = spec and Path(spec.origin).parent

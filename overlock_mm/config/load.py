@@ -119,10 +119,9 @@ def load_config(config: str | Path, options: dict | None = None):
 
 def _check_path(config: str | Path) -> Path:
     path = config_path(config)
-    package, mark, name = str(config).partition('::')
+    package, mark, _ = str(config).partition('::')
     if mark and package in _TOOLBOXES:
         _require(package)
-        path = Path(importlib.util.find_spec(package).origin).parent / '.mim/configs' / name
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob('*.py')])
         hint = f'{path.parent} has {", ".join(near)}' if near else 'give another path'

@@ -178,3 +178,13 @@ def test_a_config_of_a_toolbox_by_its_name():
     assert load_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py').model.neck
     with pytest.raises(UserError, match='mmseg::fcn/nothing.py does not exist'):
         load_config('mmseg::fcn/nothing.py')
+
+
+def test_a_config_of_a_toolbox_can_be_swapped(tmp_path, monkeypatch):
+    from overlock_mm.apis.swap import write_swapped
+
+    monkeypatch.chdir(tmp_path)
+    name = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    text, _, path = write_swapped(name, arch='t', pretrained=False)
+    assert '_base_ = ' in text and path.name == 'retinanet_r18_fpn_1x_coco_t.py'
+    assert load_config(path).model.neck.in_channels[-1] == 640
