@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..datasets.survey.images import SUFFIXES, files_below
 from ..errors import UserError
 from .drawing import decoded
 from .inference import Predictor, UnreadableError
+from .messages import debugging
 from .tiling import objects_of
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
@@ -139,7 +141,7 @@ def infer(
                 bar.update(len(part))
         for path in videos:
             try:
-                _predict_video(predictor, writer, path, names[path], batch_size)
+                _predict_video(predictor, writer, path, names[path], batch_size, failed)
             except UnreadableError as error:
                 failed.append(str(error))
     finally:  # an interrupted run keeps what it has
@@ -158,6 +160,8 @@ def _predicted(predictor, loaded: list, batch_size: int, failed: list[str]) -> I
             for item in loaded:
                 yield from _predicted(predictor, [item], 1, failed)
             return
+        if debugging():
+            traceback.print_exc()
         path, data = loaded[0]
         height, width = data['img'].shape[:2]
         reason = (str(error).splitlines() or [''])[0]
@@ -200,9 +204,8 @@ def find_inputs(
         elif os.path.isfile(path):
             found, reason = [path], ''
         else:
-            found = [
-                p for p in sorted(glob.glob(path, recursive=True)) if os.path.isfile(p)
-            ]
+            matches = sorted(glob.glob(path, recursive=True))
+            found = [p for p in matches if os.path.isfile(p) and not _is_in(p, results)]
             reason = f'{given} does not exist, and no file matches it as a pattern'
         found = [os.path.normpath(name) for name in found]
         if not found:
@@ -217,7 +220,7 @@ def _files_below(folder: str, results: str, others: Counter) -> tuple[list[str],
     """Images and videos below a folder, and what to say if there are none."""
     found, there = [], Counter()
     for path in sorted(files_below(Path(folder))):
-        if os.path.realpath(path).startswith(results + os.sep):
+        if _is_in(path, results):
             continue
         if path.suffix.lower() in (*SUFFIXES, *VIDEOS):
             found.append(str(path))
@@ -226,6 +229,10 @@ def _files_below(folder: str, results: str, others: Counter) -> tuple[list[str],
     others.update(there)
     listed = ', '.join(f'{n} of {s}' for s, n in there.most_common(3)) or 'no files'
     return found, f'{folder} has no images or videos; there are {listed}'
+
+
+def _is_in(path: str | Path, folder: str) -> bool:
+    return os.path.realpath(path).startswith(folder + os.sep)
 
 
 def output_names(paths: Sequence[str]) -> dict[str, str]:
@@ -416,30 +423,38 @@ def _json(value) -> str:
 
 
 def _predict_video(
-    predictor, writer: ResultWriter, path: str, name: str, batch_size: int
+    predictor,
+    writer: ResultWriter,
+    path: str,
+    name: str,
+    batch_size: int,
+    failed: list[str],
 ) -> None:
     """Predict the frames of a video; pictures become a video, too."""
     reader = cv2.VideoCapture(path)
     total = int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
     rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
-    before = writer.count
+    number = 0
     video = _Video(writer.out / 'pictures' / f'{name}.mp4', rate)
     try:
         with tqdm(desc=name, total=max(total, 0) or None, unit=' images') as bar:
             for frames in _frames(reader, batch_size):
-                loaded = [predictor.load(frame) for frame in frames]
-                for data, result in zip(
-                    loaded, predictor.predict(loaded, batch_size), strict=True
+                numbers = range(number + 1, number + 1 + len(frames))
+                loaded = [
+                    (f'{path}#{i}', predictor.load(frame))
+                    for i, frame in zip(numbers, frames, strict=True)
+                ]
+                for frame, data, result in _predicted(
+                    predictor, loaded, batch_size, failed
                 ):
-                    number = writer.count - before + 1
-                    writer.write(
-                        f'{name}/{number:06d}', f'{path}#{number}', data, result, video
-                    )
+                    place = f'{name}/{int(frame.rpartition("#")[2]):06d}'
+                    writer.write(place, frame, data, result, video)
+                number += len(frames)
                 bar.update(len(frames))
     finally:
         reader.release()
         video.close()
-    if writer.count == before:
+    if number == 0:
         raise UnreadableError(f'{path} cannot be read as a video')
 
 

@@ -8,10 +8,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..apis.messages import rank
+from ..apis.messages import DEBUG, debugging, rank
 from ..errors import CheckpointError, UserError
-
-_DEBUG = 'OVERLOCK_MM_DEBUG'
 
 
 @contextmanager
@@ -24,7 +22,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, CheckpointError) as error:
-        if os.environ.get(_DEBUG, '0') not in ('', '0'):
+        if debugging():
             traceback.print_exc()
         where = f' (rank {rank()})' if rank() else ''
         sys.stderr.write(f'error{where}: {error}\n')
@@ -41,7 +39,7 @@ class _Debug(argparse.Action):
         super().__init__(*args, nargs=0, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        os.environ[_DEBUG] = '1'
+        os.environ[DEBUG] = '1'
 
 
 def add_debug_option(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +48,7 @@ def add_debug_option(parser: argparse.ArgumentParser) -> None:
         '--debug',
         action=_Debug,
         default=argparse.SUPPRESS,
-        help=f'show where an error comes from, as {_DEBUG}=1 in the environment does',
+        help=f'show where an error comes from, as {DEBUG}=1 in the environment does',
     )
 
 

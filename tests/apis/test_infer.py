@@ -79,6 +79,8 @@ def test_results_are_no_inputs(photos):
     Image.fromarray(PHOTO).save('photos/out/pictures/1.png')
     found, _, _ = find_inputs(['photos'], Path('photos/out'))
     assert sorted(found) == sorted([*photos, 'photos/b/bad.jpg'])
+    found, _, _ = find_inputs(['photos/**/1.png'], Path('photos/out'))
+    assert sorted(found) == ['photos/a/1.png', 'photos/b/1.png']
     with pytest.raises(UserError, match='the folder of the images and of the results'):
         find_inputs(['photos/'], Path('photos'))
 
@@ -254,6 +256,22 @@ def test_an_image_that_the_model_refuses(models, photos):
     [reason] = summary.failed
     assert 'photos/a/0.png (2x900 pixels) cannot be predicted: ValueError' in reason
     assert 'label_maps/1.png' in files_in('out') and 'label_maps/9.png' in files_in('out')
+
+
+def test_a_video_that_the_model_refuses(models, photos, monkeypatch, capsys):
+    """Its frames are named, and what comes after it is done."""
+    writer = cv2.VideoWriter('a.mp4', cv2.VideoWriter_fourcc(*'mp4v'), 10, (24, 320))
+    for _ in range(2):
+        writer.write(np.zeros((320, 24, 3), np.uint8))
+    writer.release()
+    pipeline = Config.fromfile(models['segmentor'][0]).test_dataloader.dataset.pipeline
+    options = {'test_dataloader.dataset.pipeline': [pipeline[0], pipeline[-1]]}
+    monkeypatch.setenv('OVERLOCK_MM_DEBUG', '1')
+    inputs = ['a.mp4', 'photos/a']
+    summary = infer(*models['segmentor'], inputs, 'out', cfg_options=options)
+    assert summary.images == 1 and len(summary.failed) == 2
+    assert summary.failed[1].startswith('a.mp4#2 (24x320 pixels) cannot be predicted')
+    assert 'Traceback' in capsys.readouterr().err
 
 
 def test_an_interrupted_run_keeps_what_it_has(models, photos, monkeypatch):

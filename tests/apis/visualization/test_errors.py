@@ -99,7 +99,7 @@ def test_the_numbers_are_those_of_the_metric(tmp_path, reduced):
 
 @pytest.mark.parametrize('count', [2, 20, 150])
 def test_readable_for_any_number_of_classes(count):
-    """Names do not overlap, and small shares are told from nothing."""
+    """Names do not overlap, and a small share does not look like zero."""
     matrix = np.eye(count, dtype=int) * 96
     matrix[0, 1] = 4
     names = [f'a class {i}' for i in range(count)]
