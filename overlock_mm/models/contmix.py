@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops import contmix
 from ..ops.flops import uncounted
 from ..ops.modes import is_compiling
-from .layers import conv_bn, is_plain, resize
+from .layers import AdaptiveAvgPool2d, conv_bn, is_plain, resize
 
 REGIONS = 7  # side of the grid of regions
 
@@ -73,7 +73,7 @@ class ContMix(nn.Module):
         self.query_scale = (dim // num_heads) ** -0.5
         self.weight_query = conv_bn(dim, dim // 2)
         self.weight_key = nn.Sequential(
-            nn.AdaptiveAvgPool2d(REGIONS), *conv_bn(context_dim, dim // 2)
+            AdaptiveAvgPool2d(REGIONS), *conv_bn(context_dim, dim // 2)
         )
         self.weight_proj = nn.Conv2d(REGIONS**2, sum(k * k for k in self.kernel_sizes), 1)
         self.rpb1, self.rpb2 = (
@@ -98,7 +98,9 @@ class ContMix(nn.Module):
         """
         size = value.shape[-2:]
         x, context, value = (self.enlarged(t, size) for t in (x, context, value))
-        query = self.weight_query(x) * self.query_scale
+        query = self.weight_query(x)
+        if self.query_scale != 1:  # else it was merged into the weights
+            query = query * self.query_scale
         key = self.weight_key(context).flatten(2)
         out = contmix(
             query.unflatten(1, (self.num_heads, -1)),

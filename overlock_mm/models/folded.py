@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.depthwise import DepthwiseConv2d
-from ..ops.modes import needs_plain_ops
+from ..ops.modes import is_exporting, needs_plain_ops
 from .blocks import ContMixBlock, DynamicConvBlock, RepConvBlock
 from .contmix import ContMix
 from .layers import (
@@ -17,6 +17,7 @@ from .layers import (
     ResDWConv,
     SqueezeExcite,
     UnmergeableError,
+    addcmul,
     affine,
     is_plain,
     merge,
@@ -210,6 +211,8 @@ class _Shortcut(nn.Module):
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
         if self.weight is None:
             return branch.add_(shortcut)
+        if is_exporting():
+            return addcmul(branch, shortcut, self.weight)
         return branch.addcmul_(shortcut, self.weight)
 
 
@@ -262,10 +265,8 @@ class _FoldedDynamicConvBlock(nn.Module):
 
     def forward(self, x, context, initial_context):
         if not self.is_first:
-            context = torch.addcmul(
-                torch.addcmul(self.h_shift, initial_context, self.h_scale),
-                context,
-                self.x_scale,
+            context = addcmul(
+                addcmul(self.h_shift, initial_context, self.h_scale), context, self.x_scale
             )
         joint = self.dwconv1(torch.cat((x, context), dim=1))
         joint = self.shortcut(joint, self._mix(self.norm1(joint)))

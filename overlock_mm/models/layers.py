@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..archs import DILATED_BRANCHES
 from ..ops.depthwise import DepthwiseConv2d
-from ..ops.modes import differentiable_gradients, needs_plain_ops
+from ..ops.modes import differentiable_gradients, is_exporting, needs_plain_ops
 from ..ops.reparam import batch_norm_affine, branch_names, sum_branches
 
 
@@ -59,6 +59,32 @@ class SqueezeExcite(nn.Module):
         return self.proj(x)
 
 
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d`` that can be exported for maps of any size.
+
+    While a model is exported, the means are two matrix products.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.output_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        if not is_exporting() or (rows, columns) == (1, 1):
+            return super().forward(x)
+        height, width = x.shape[-2:]
+        rows = _means(height if rows is None else rows, height, x)
+        columns = _means(width if columns is None else columns, width, x)
+        return rows @ (x @ columns.t())
+
+
+def _means(bins: int, size: int, like: Tensor) -> Tensor:
+    """Matrix (bins, size) whose products are the means over bins of an axis."""
+    i = torch.arange(bins, device=like.device)[:, None]
+    position = torch.arange(size, device=like.device)
+    start, stop = i * size // bins, ((i + 1) * size + bins - 1) // bins
+    inside = (position >= start) & (position < stop)
+    return inside.to(like.dtype) / (stop - start).to(like.dtype)
+
+
 class GlobalResponseNorm(nn.Module):
     """GRN of ConvNeXt V2 (https://arxiv.org/abs/2301.00808), channels first.
 
@@ -80,14 +106,14 @@ class GlobalResponseNorm(nn.Module):
     def scale(self, x: Tensor) -> Tensor:
         """Factor of ``x``, ``(N, C, 1, 1)``, in float32 at least."""
         ratio, _ = _relative_norms(channel_norms(x), self.eps)
-        return self.gamma * ratio[:, :, None, None] + 1
+        return self.gamma * ratio + 1
 
 
 def _grn(x, gamma, beta, eps):
     """GRN in differentiable operations."""
     ratio, _ = _relative_norms(channel_norms(x), eps)
-    scale = gamma * ratio[:, :, None, None] + 1
-    return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+    scale = gamma * ratio + 1
+    return addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
 
 
 class _GlobalResponseNorm(torch.autograd.Function):
@@ -97,7 +123,7 @@ class _GlobalResponseNorm(torch.autograd.Function):
     def forward(ctx, x, gamma, beta, eps):
         norms = channel_norms(x)
         ratio, mean = _relative_norms(norms, eps)
-        scale = gamma * ratio[:, :, None, None] + 1
+        scale = gamma * ratio + 1
         ctx.save_for_backward(x, gamma, beta, scale, norms, mean)
         ctx.eps = eps
         return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
@@ -108,14 +134,14 @@ class _GlobalResponseNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             norm = partial(_grn, eps=ctx.eps)
             return *differentiable_gradients(norm, (x, gamma, beta), grad), None
-        grad_scale = (grad * x).sum((2, 3), dtype=norms.dtype)
-        grad_ratio = grad_scale * gamma.flatten()
+        grad_scale = (grad * x).sum((2, 3), keepdim=True, dtype=norms.dtype)
+        grad_ratio = grad_scale * gamma
         grad_norms = grad_ratio / mean
         grad_norms -= (grad_norms * norms / mean).mean(1, keepdim=True)
         # the norm's gradient is x / norm, and zero for a channel of zeros
-        per_x = torch.where(norms > 0, grad_norms / norms, 0)[:, :, None, None]
+        per_x = torch.where(norms > 0, grad_norms / norms, 0)
         grad_x = (grad * scale.to(grad.dtype)).addcmul_(x, per_x.to(grad.dtype))
-        grad_gamma = (grad_scale * norms / mean).sum(0).view_as(gamma)
+        grad_gamma = (grad_scale * norms / mean).sum(0, keepdim=True)
         grad_beta = grad.sum((0, 2, 3), dtype=norms.dtype).view_as(gamma)
         return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), None
 
@@ -126,7 +152,7 @@ def _relative_norms(norms, eps):
 
 
 def channel_norms(x: Tensor) -> Tensor:
-    """L2 norm of every channel over the map, ``(N, C)``, in float32 at least."""
+    """L2 norm of every channel over the map, ``(N, C, 1, 1)``, in float32 at least."""
     # a trace is the same with gradients and, when torch checks it, without
     differentiated = x.requires_grad and torch.is_grad_enabled() or torch.jit.is_tracing()
     if (
@@ -138,12 +164,12 @@ def channel_norms(x: Tensor) -> Tensor:
         # batch norm's statistics are torch's fastest sums over a map by far
         stats = [torch.batch_norm_update_stats(i, None, None, 0.0) for i in x.split(1)]
         means, variances = (torch.stack(s) for s in zip(*stats, strict=True))
-        return ((variances + means.square()) * x[0, 0].numel()).sqrt()
+        return ((variances + means.square()) * x[0, 0].numel()).sqrt()[:, :, None, None]
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not differentiated:
-        return torch.linalg.vector_norm(x, dim=(2, 3), dtype=dtype)
+        return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
     # a root, unlike the norm, can be kept from dividing by zero in a second derivative
-    squares = x.to(dtype).square().sum((2, 3))
+    squares = x.to(dtype).square().sum((2, 3), keepdim=True)
     return torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
 
 
@@ -307,6 +333,11 @@ def merge(conv: nn.Conv2d, after: nn.Module | None = None) -> tuple[Tensor, Tens
 def conv_bn(in_dim: int, out_dim: int) -> nn.Sequential:
     """1x1 convolution and batch norm."""
     return nn.Sequential(nn.Conv2d(in_dim, out_dim, 1, bias=False), nn.BatchNorm2d(out_dim))
+
+
+def addcmul(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``x + a * b``; exporters write ``torch.addcmul`` as three operations."""
+    return x + a * b if is_exporting() else torch.addcmul(x, a, b)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

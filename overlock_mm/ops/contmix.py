@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import contmix_reference, contmix_torch
+from . import contmix_export, contmix_reference, contmix_torch
 from .flops import counted_contmix
-from .modes import without_autocast
+from .modes import is_exporting, without_autocast
 
-BACKENDS = ('auto', 'torch', 'triton', 'reference')
+BACKENDS = ('auto', 'torch', 'triton', 'export', 'reference')
 _VARIABLE = 'OVERLOCK_MM_CONTMIX'
 _override = None
 
@@ -95,7 +95,7 @@ def _backend(name, arguments):
     if name in ('auto', 'triton'):
         reason = _why_not_triton(name, arguments)
         if name == 'auto':
-            name = 'torch' if reason else 'triton'
+            name = 'export' if is_exporting() else 'torch' if reason else 'triton'
         elif reason:
             raise RuntimeError(
                 f"ContMix's backend 'triton' ({source}) cannot run: {reason}; "
@@ -105,7 +105,10 @@ def _backend(name, arguments):
         from .contmix_triton import contmix as run  # triton is imported only when used
 
         return run
-    return {'torch': contmix_torch, 'reference': contmix_reference}[name].contmix
+    backends = dict(
+        torch=contmix_torch, export=contmix_export, reference=contmix_reference
+    )
+    return backends[name].contmix
 
 
 def _known(name, source):
