@@ -94,7 +94,7 @@ def _mix(query, tap_keys, bias, rpb, value, k):
     # back to the order of the map
     y, x = numbers(height)[:, None], numbers(width)
     inside = x - half
-    at_tile = _quotient(inside, tile)
+    at_tile = inside // tile
     inside = split + (at_tile * height + y) * tile + inside - at_tile * tile
     left, right = y * half + x, (y + height) * half + x - (width - half)
     places = torch.where(x < half, left, torch.where(x < width - half, inside, right))
@@ -102,14 +102,9 @@ def _mix(query, tap_keys, bias, rpb, value, k):
 
 
 def _lines(numbers, height):
-    """The number of lines, and what they are part of and their row, (lines, 1) each."""
-    part = _quotient(numbers[:, None], height)
+    """How many lines there are; the part of each and its row in it, (lines, 1)."""
+    part = numbers[:, None] // height
     return numbers.shape[0], part, numbers[:, None] - part * height
-
-
-def _quotient(numbers, divisor):
-    """The rounded quotient of numbers that are not negative: one operation."""
-    return torch.div(numbers, divisor, rounding_mode='trunc')
 
 
 def _windows(row, columns, height, width, k):
