@@ -234,7 +234,7 @@ def _of_config(config: str, cfg_options: dict | None) -> _Subject:
     return _Subject(
         name=config,
         network=network,
-        shape=partial(_default_shape, cfg, network, toolbox),
+        shape=partial(default_shape, cfg, network, toolbox),
         inputs=partial(_inputs, toolbox, network),
         # layers alone, or else with what follows them
         modes=(dict(mode='tensor'), dict(mode='predict')),
@@ -242,16 +242,21 @@ def _of_config(config: str, cfg_options: dict | None) -> _Subject:
     )
 
 
-def _default_shape(cfg, network: nn.Module, toolbox: str) -> tuple[int, int]:
+def default_shape(cfg, network: nn.Module, toolbox: str) -> tuple[int, int]:
     """The crop size of a segmentor, or the scale at which a detector is tested."""
     size = getattr(network.data_preprocessor, 'size', None) or cfg.get('crop_size')
     if toolbox == 'mmseg':
         return tuple(size or (512, 512))
-    loader = cfg.get('test_dataloader') or {}
-    pipelines = cfg.get('test_pipeline'), loader
-    for scale in (s for p in pipelines for s in _scales(p)):
-        return min(scale), max(scale)
-    return 800, 1333
+    long, short = default_scale(cfg) or (1333, 800)
+    return short, long
+
+
+def default_scale(cfg) -> tuple[int, int] | None:
+    """The scale of the test pipeline: longest side, longest short side. None: no scale."""
+    for pipeline in (cfg.get('test_pipeline'), cfg.get('test_dataloader')):
+        for scale in _scales(pipeline):
+            return max(scale), min(scale)
+    return None
 
 
 def _scales(node) -> Iterator[tuple[int, int]]:

@@ -23,6 +23,7 @@ COMMANDS = dict(
     swap='put OverLoCK, or a model of timm, into a config that you have',
     convert='convert a released checkpoint, or back',
     deploy='merge the dilated branches of a trained model',
+    export='write a trained model as a file for ONNX Runtime, OpenVINO or PyTorch',
     validate='top-1 and top-5 accuracy of a classifier on a folder of images',
     reproduce='the published results again: published, obtained, difference',
     visualize='draw figures: receptive fields, kernels, maps, trainings, errors',
@@ -35,6 +36,9 @@ _INSTALLED_BY = dict(
     dict.fromkeys(('mmengine', 'mmdet', 'mmseg'), "'overlock_mm[onedl]'"),
     **dict.fromkeys(('nicegui', 'fastapi', 'uvicorn'), "'overlock_mm[serve]'"),
     **dict.fromkeys(('imgviz', 'skimage', 'pycocotools'), "'overlock_mm[demo]'"),
+    **dict.fromkeys(
+        ('onnx', 'onnxscript', 'onnxruntime', 'openvino'), "'overlock_mm[export]'"
+    ),
     cv2='opencv-python',
 )
 

@@ -105,9 +105,7 @@ def _backend(name, arguments):
         from .contmix_triton import contmix as run  # triton is imported only when used
 
         return run
-    backends = dict(
-        torch=contmix_torch, export=contmix_export, reference=contmix_reference
-    )
+    backends = dict(torch=contmix_torch, export=contmix_export, reference=contmix_reference)
     return backends[name].contmix
 
 

@@ -1,42 +1,16 @@
 """A model as an ONNX graph of few nodes."""
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir.passes.common as passes
 import torch
 from onnxscript.optimizer import fold_constants
-from torch import Tensor, nn
+
+from .program import capture, quiet  # noqa: F401
 
 # Values of a constant that is computed while exporting, and not again in every run.
 _CONSTANT = 1 << 19
-
-
-def capture(
-    model: nn.Module, image: Tensor, dims: Mapping[int, tuple[str, int, int]] | None = None
-) -> torch.export.ExportedProgram:
-    """The program of a model, for images of one size or of many.
-
-    Args:
-        model: takes one tensor, in evaluation mode.
-        image: an example of it.
-        dims: dims of the image that may change: their name, smallest and largest size.
-    """
-    dims = {d: torch.export.Dim(n, min=a, max=b) for d, (n, a, b) in (dims or {}).items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        return torch.export.export(
-            model,
-            (image,),
-            dynamic_shapes=(dims,) if dims else None,
-            strict=False,
-            # its reasoning cannot prove all divisions of sizes that come out even
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
 
 
 def write_onnx(
@@ -55,7 +29,7 @@ def write_onnx(
         opset: version of the operators.
         metadata: text to keep in the file, by key.
     """
-    with _quiet():
+    with quiet():
         written = torch.onnx.export(
             program,
             dynamo=True,
@@ -104,17 +78,3 @@ def _should_fold(node) -> bool | None:
         return None
     table, places = (i.const_value for i in node.inputs)
     return False if places.shape.rank() == 1 and table.size > 1 << 9 else None
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Without the exporter's own lines; its errors are exceptions."""
-    logger = logging.getLogger('onnxscript')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logger.setLevel(level)

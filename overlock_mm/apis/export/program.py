@@ -1,0 +1,68 @@
+"""The program of a model, as torch.export captures it."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+# Dims of an image that may change: the name, the smallest and the largest size of each.
+Dims = Mapping[int, tuple[str, int, int]]
+
+
+def capture(
+    model: nn.Module, image: Tensor, dims: Dims | None = None
+) -> torch.export.ExportedProgram:
+    """The program of a model, for images of one size or of many.
+
+    Args:
+        model: takes one tensor, in evaluation mode.
+        image: an example of it.
+        dims: dims of the image that may change.
+    """
+    dims = {d: torch.export.Dim(n, min=a, max=b) for d, (n, a, b) in (dims or {}).items()}
+    with torch.no_grad(), quiet():
+        program = torch.export.export(
+            model,
+            (image,),
+            dynamic_shapes=(dims,) if dims else None,
+            strict=False,
+            # its reasoning cannot prove all divisions of sizes that come out even
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    _share_tables(program.graph)
+    return program
+
+
+def _share_tables(graph: torch.fx.Graph) -> None:
+    """Compute what depends on sizes alone once, not in every block."""
+    known = {}
+    for node in list(graph.nodes):
+        value = node.meta.get('val')
+        is_table = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.bool)
+        if node.op != 'call_function' or not (is_table or isinstance(value, torch.SymInt)):
+            continue
+        if getattr(getattr(node.target, '_schema', None), 'is_mutable', False):
+            continue
+        key = str((node.target, node.args, node.kwargs))
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the lines and warnings that exporters print; their errors are raised."""
+    logger = logging.getLogger('onnxscript')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
