@@ -79,8 +79,8 @@ def parse_args() -> argparse.Namespace:
     add('--against-layout', choices=layouts, help=about)
     about = (
         'reference: the same arch in its training form with the reference op (default); '
-        'self:SIZE: our side at another size, with results per pixel; or a model of timm, '
-        'as features_only makes it'
+        'torch: PyTorch, of runtime (its default); self:SIZE: our side at another size, '
+        'with results per pixel; or a model of timm, as features_only makes it'
     )
     model, metavar = checked(benchmark.check_model), 'reference|self:SIZE|MODEL'
     add('--against', type=model, default='reference', metavar=metavar, help=about)
@@ -123,6 +123,15 @@ def parse_args() -> argparse.Namespace:
     add('--with-cp', type=int, nargs='+', default=(), metavar='STAGE', help=about)
     about = 'stochastic depth rate of both sides (%(default)s)'
     add('--drop-path', type=float, default=defaults.drop_path, help=about)
+
+    add, defaults = command(benchmark.RuntimeOptions, common, models)
+    add('--runtime', choices=['onnxruntime', 'openvino'], default=defaults.runtime)
+    add('--dtype', choices=dtypes[:2], default='float32', help='bfloat16: OpenVINO alone')
+    add('--dynamic', action='store_true', help='export for images of any size')
+    add(
+        '--batch', type=count, default=defaults.batch, help='images in a step (%(default)s)'
+    )
+    commands.choices[benchmark.RuntimeOptions.command].set_defaults(against='torch')
 
     cli.add_debug_option(parser)
     args = parser.parse_args()

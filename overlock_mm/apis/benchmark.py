@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -144,7 +145,27 @@ class TrainStepOptions(ModelOptions):
     with_cp: tuple[int, ...] = ()
 
 
-_OPTIONS = {kind.command: kind for kind in (OpOptions, BackboneOptions, TrainStepOptions)}
+@dataclass(kw_only=True)
+class RuntimeOptions(ModelOptions):
+    """The exported backbone in another runtime, on the CPU.
+
+    Args:
+        runtime: 'onnxruntime' or 'openvino'.
+        dynamic: export for images of any size.
+        against: 'torch' for the folded backbone in PyTorch, or the name of a timm model,
+            which runs in the same runtime.
+    """
+
+    command: ClassVar[str] = 'runtime'
+    runtime: str = 'onnxruntime'
+    dynamic: bool = False
+    against: str = 'torch'
+
+
+_OPTIONS = {
+    kind.command: kind
+    for kind in (OpOptions, BackboneOptions, TrainStepOptions, RuntimeOptions)
+}
 
 
 def run_benchmark(options: OpOptions | ModelOptions) -> dict:
@@ -188,6 +209,8 @@ def compare(options) -> tuple[BenchmarkOptions, str, list[Side]]:
     """The options with layouts decided, a title and the two sides."""
     if isinstance(options, OpOptions):
         return options, *compare_op(options)
+    if isinstance(options, RuntimeOptions):
+        return compare_runtimes(options)
     return compare_models(options)
 
 
@@ -233,6 +256,9 @@ def compare_models(options: ModelOptions) -> tuple[ModelOptions, str, list[Side]
     if options.amp and options.dtype == 'float32':
         raise UserError('--amp needs --dtype bfloat16 or float16')
 
+    if options.against == 'torch':
+        raise UserError('--against torch is for runtime; use a model of timm, or reference')
+
     ours = partial(_model_step, options, our_model, options.backend, options.size)
     theirs = partial(_model_step, options, timm_model, None, other_size)
     if options.against == 'reference':
@@ -258,6 +284,73 @@ def compare_models(options: ModelOptions) -> tuple[ModelOptions, str, list[Side]
     ]
     what = f'OverLoCK-{options.arch.upper()} {options.command}, batch {options.batch}'
     return replace(options, layout=layout, against_layout=against_layout), what, sides
+
+
+def compare_runtimes(options: RuntimeOptions) -> tuple[RuntimeOptions, str, list[Side]]:
+    """The options, a title and two sides: a runtime and PyTorch, or two models in one."""
+    if options.device != 'cpu':
+        raise UserError('runtime measures on the CPU; use --device cpu')
+    if options.runtime == 'onnxruntime' and options.dtype != 'float32':
+        raise UserError(
+            f'--runtime onnxruntime with --dtype {options.dtype}: on the CPU it computes '
+            'in float32; use --runtime openvino'
+        )
+    if options.against == 'reference' or options.against.startswith('self:'):
+        raise UserError(
+            f'--against {options.against} is for backbone and train-step; with runtime it '
+            'is torch or a model of timm'
+        )
+    size = 'x'.join(map(str, options.size))
+    ours = partial(_runtime_step, options, our_model, options.dynamic)
+    theirs = partial(_runtime_step, options, timm_model, False)
+    name = f'theirs: {options.against} in {options.runtime}'
+    if options.against == 'torch':
+        theirs = partial(_model_step, options, our_model, options.backend, options.size)
+        layout = faster_layout('cpu', options.against_layout or 'best', 'theirs', theirs)
+        theirs, name = partial(theirs, layout), f'theirs: PyTorch, {layout}'
+        options = replace(options, against_layout=layout)
+    kind = ', for any size' if options.dynamic else ''
+    sides = [Side(f'ours: {options.runtime}{kind}, {size}', ours), Side(name, theirs)]
+    what = f'OverLoCK-{options.arch.upper()}, exported, batch {options.batch}'
+    return options, what, sides
+
+
+def _runtime_step(options, make, dynamic) -> Step:
+    """Export a model with random weights, load it and return the step to measure."""
+    from .export.formats import load_onnx, load_openvino
+    from .export.onnx import write_onnx
+    from .export.program import capture
+
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model = _Maps(make(options).eval())
+    image = torch.rand(options.batch, 3, *options.size)
+    dims = {2: ('height', 193, 8192), 3: ('width', 193, 8192)} if dynamic else None
+    example = torch.rand(1, 3, 224, 896) if dynamic else image
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'model.onnx')
+        outputs = [f'map_{i}' for i in range(4)]
+        nodes = write_onnx(capture(model, example, dims), path, outputs, opset=20)
+        spent = time.perf_counter() - start
+        print(f'{make.__name__}: {nodes} nodes, exported in {spent:.0f} s')
+        if options.runtime == 'openvino':
+            precision = dict(float32='f32', bfloat16='bf16')[options.dtype]
+            run = load_openvino(path, options.threads, precision)
+        else:
+            run = load_onnx(path, options.threads)
+    images = image.numpy()
+    return lambda: run(images)
+
+
+class _Maps(torch.nn.Module):
+    """A backbone whose maps are a tuple."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image):
+        return tuple(self.backbone(image))
 
 
 def _model_step(options, make, backend, size, layout) -> Step:
@@ -347,7 +440,12 @@ def measure(options: BenchmarkOptions, sides: list[Side]) -> dict:
         for i, step in enumerate(steps):
             bar.set_description('memory')
             on_cuda = options.device == 'cuda'
-            memory.append(_peak_on_cuda(step) if on_cuda else _memory_of_child(options, i))
+            if isinstance(options, RuntimeOptions):  # they keep their memory
+                memory.append(None)
+            else:
+                memory.append(
+                    _peak_on_cuda(step) if on_cuda else _memory_of_child(options, i)
+                )
             bar.update()
         bar.set_description('time')
         for turn in turns:
@@ -549,7 +647,7 @@ def check_model(text: str) -> str:
     """Return ``against`` of :class:`ModelOptions` if it is one; else raise ValueError."""
     if text.startswith('self:'):
         parse_size(text[5:])
-    elif text != 'reference' and not timm.is_model(text):
+    elif text not in ('reference', 'torch') and not timm.is_model(text):
         near = difflib.get_close_matches(text, timm.list_models()) or ['timm.list_models()']
         raise ValueError(
             f"{text!r} is neither 'reference' nor 'self:SIZE' nor a model of timm "

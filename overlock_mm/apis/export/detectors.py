@@ -4,7 +4,6 @@ MMDetection's own code for predictions does not export: it takes sizes from data
 and its NMS and RoIAlign are operators of MMCV. Here is the same arithmetic for one image.
 """
 
-import importlib
 import math
 
 import torch
@@ -16,45 +15,6 @@ from ...errors import UserError
 
 # The score of what is no candidate; those of candidates are within 0..1.
 _NONE = -1.0
-
-# By class of MMDetection: the methods that are written anew here. A subclass may change all
-# others, as those of Dynamic R-CNN do, which are of training.
-_SAME = {
-    'models.detectors.TwoStageDetector': ('predict', 'extract_feat'),
-    'models.dense_heads.RPNHead': (
-        'predict',
-        'predict_by_feat',
-        '_predict_by_feat_single',
-        '_bbox_post_process',
-    ),
-    'models.roi_heads.StandardRoIHead': (
-        'predict',
-        'predict_bbox',
-        'predict_mask',
-        '_bbox_forward',
-        '_mask_forward',
-    ),
-    'models.roi_heads.CascadeRoIHead': (
-        'predict',
-        'predict_bbox',
-        'predict_mask',
-        '_bbox_forward',
-        '_mask_forward',
-        '_refine_roi',
-    ),
-    'models.roi_heads.BBoxHead': (
-        'predict_by_feat',
-        '_predict_by_feat_single',
-        'regress_by_class',
-    ),
-    'models.roi_heads.FCNMaskHead': ('predict_by_feat', '_predict_by_feat_single'),
-    'models.roi_heads.SingleRoIExtractor': ('forward', 'map_roi_levels'),
-    'models.task_modules.coders.DeltaXYWHBBoxCoder': ('decode',),
-    'models.task_modules.prior_generators.AnchorGenerator': (
-        'grid_priors',
-        'single_level_grid_priors',
-    ),
-}
 
 
 class Detector(nn.Module):
@@ -86,10 +46,6 @@ class Detector(nn.Module):
         self.model = model
         self.outputs = ('boxes', 'scores', 'labels')
         self.outputs += ('masks',) * model.roi_head.with_mask
-        device = next(model.parameters()).device
-        for level, anchors in enumerate(model.rpn_head.prior_generator.base_anchors):
-            anchors = anchors.to(device, torch.float32)
-            self.register_buffer(f'anchors{level}', anchors, persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Detect the objects of one image.
@@ -119,7 +75,7 @@ class Detector(nn.Module):
         cfg = head.test_cfg
         boxes, scores, levels = [], [], []
         for level, outputs in enumerate(zip(*head(maps), strict=True)):
-            score, delta = (o[0].permute(1, 2, 0) for o in outputs)
+            score, delta = (o[0].permute(1, 2, 0).float() for o in outputs)
             score = score.reshape(-1, head.cls_out_channels)
             if head.use_sigmoid_cls:
                 score = score.sigmoid()[:, 0]
@@ -140,8 +96,9 @@ class Detector(nn.Module):
 
     def _anchors(self, level: int, place: Tensor, width) -> Tensor:
         """Anchors at some places of a map, without those of the others."""
-        anchors = getattr(self, f'anchors{level}')
-        stride = self.model.rpn_head.prior_generator.strides[level]
+        generator = self.model.rpn_head.prior_generator
+        anchors = generator.base_anchors[level].to(place.device)
+        stride = generator.strides[level]
         cell = place // len(anchors)
         y = cell // width
         xy = torch.stack([(cell - y * width) * stride[0], y * stride[1]], dim=1)
@@ -154,7 +111,7 @@ class Detector(nn.Module):
         stages = _stages(roi_head.bbox_roi_extractor, roi_head.bbox_head)
         for extractor, head in stages:
             features = self._shared(_extract(extractor, maps, boxes))
-            logit, delta = head(features)
+            logit, delta = (output.float() for output in head(features))
             logits.append(logit)
             delta = delta.unflatten(1, (-1, 4))
             if len(logits) == len(stages):
@@ -293,15 +250,106 @@ def _extract(extractor, maps, boxes: Tensor) -> Tensor:
 
 
 def _align(layer, features: Tensor, rois: Tensor) -> Tensor:
+    # float16 cannot tell the pixels of a large image apart
     return roi_align(
-        features,
+        features.float(),
         rois,
         layer.output_size,
         layer.spatial_scale,
         layer.sampling_ratio,
         layer.aligned,
+    ).to(features.dtype)
+
+
+def _check(model: nn.Module) -> None:
+    """Raise UserError if a model predicts in another way than this module does."""
+    from mmdet.models.dense_heads import RPNHead
+    from mmdet.models.detectors import TwoStageDetector
+    from mmdet.models.roi_heads import (
+        BBoxHead,
+        CascadeRoIHead,
+        FCNMaskHead,
+        SingleRoIExtractor,
+        StandardRoIHead,
+    )
+    from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
+
+    _require(model, 'detector', {TwoStageDetector: 'predict extract_feat'})
+    of_features = 'predict_by_feat _predict_by_feat_single'
+    rpn_head, roi_head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
+    methods = f'predict {of_features} _bbox_post_process'
+    _require(rpn_head, 'rpn_head', {RPNHead: methods})
+    methods = 'grid_priors single_level_grid_priors'
+    _require(rpn_head.prior_generator, 'anchor generator', {AnchorGenerator: methods})
+    methods = 'predict predict_bbox predict_mask _bbox_forward _mask_forward'
+    roi_heads = {StandardRoIHead: methods, CascadeRoIHead: f'{methods} _refine_roi'}
+    _require(roi_head, 'roi_head', roi_heads)
+    coders, extractors = [rpn_head.bbox_coder], []
+    for extractor, head in _stages(roi_head.bbox_roi_extractor, roi_head.bbox_head):
+        _require(head, 'bbox_head', {BBoxHead: f'{of_features} regress_by_class'})
+        if not (head.with_cls and head.with_reg):
+            raise _unsupported('a bbox_head without scores or without deltas of boxes')
+        if head.custom_cls_channels or head.custom_activation:
+            raise _unsupported(f'a bbox_head with scores of {type(head.loss_cls).__name__}')
+        coders.append(head.bbox_coder)
+        extractors.append(extractor)
+    for coder in coders:
+        _require(coder, 'bbox_coder', {DeltaXYWHBBoxCoder: 'decode'})
+    if roi_head.with_mask:
+        for extractor, head in _stages(roi_head.mask_roi_extractor, roi_head.mask_head):
+            _require(head, 'mask_head', {FCNMaskHead: of_features})
+            extractors.append(extractor)
+    layers = []
+    for extractor in extractors:
+        methods = 'forward map_roi_levels'
+        _require(extractor, 'RoI extractor', {SingleRoIExtractor: methods})
+        layers.extend(extractor.roi_layers)
+    _check_operators(model, layers)
+    _check_test_cfg(rpn_head.test_cfg, roi_head.test_cfg)
+
+
+def _require(part, what: str, kinds: dict[type, str]) -> None:
+    """Refuse a part that is none of some classes, or has another of these methods."""
+    for kind, methods in kinds.items():
+        same = (getattr(type(part), m, None) is getattr(kind, m) for m in methods.split())
+        if isinstance(part, kind) and all(same):
+            return
+    found = 'none' if part is None else type(part).__name__
+    raise _unsupported(
+        f'{what}={found}',
+        f'{" and ".join(k.__name__ for k in kinds)}, and subclasses that predict in the '
+        'same way',
     )
 
 
-def _check(model):
-    pass
+def _check_operators(model: nn.Module, replaced) -> None:
+    """Refuse layers that are operators of MMCV alone."""
+    from mmcv.ops import RoIAlign
+
+    for layer in replaced:
+        if type(layer) is not RoIAlign or layer.pool_mode != 'avg':
+            raise _unsupported(f'the RoI layer {layer}', 'RoIAlign with averages')
+    for name, layer in model.named_modules():
+        if type(layer).__module__.startswith('mmcv.ops.') and layer not in replaced:
+            raise _unsupported(f'{name}={type(layer).__name__}, an operator of MMCV')
+
+
+def _check_test_cfg(rpn, rcnn) -> None:
+    for key in ('nms_pre', 'max_per_img'):
+        if rpn.get(key, -1) <= 0:
+            raise _unsupported(f'test_cfg.rpn.{key}={rpn.get(key)}', 'a number from 1')
+    known = {'type', 'iou_threshold', 'iou_thr', 'class_agnostic', 'split_thr'}
+    for where, cfg in (('rpn', rpn.get('nms')), ('rcnn', rcnn.get('nms'))):
+        plain = isinstance(cfg, dict) and cfg.get('type', 'nms') == 'nms'
+        if not plain or set(cfg) - known or not {'iou_threshold', 'iou_thr'} & set(cfg):
+            raise _unsupported(
+                f'test_cfg.{where}.nms={cfg}', "dict(type='nms', iou_threshold=...)"
+            )
+
+
+def _unsupported(found: str, supported: str = '') -> UserError:
+    supported = supported and f'; supported: {supported}'
+    return UserError(
+        f'detectors with {found} cannot be exported{supported}. --backbone-only exports the '
+        'backbone alone'
+    )
