@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..models import OverLoCK, fold
+from ..models.folded import prepare_for_export
 from ..ops import contmix, set_contmix_backend
 from ..version import __version__
 
@@ -324,6 +325,7 @@ def _runtime_step(options, make, dynamic) -> Step:
     torch.manual_seed(0)
     start = time.perf_counter()
     model = _Maps(make(options).eval())
+    prepare_for_export(model, plain_norms=options.runtime == 'openvino')
     image = torch.rand(options.batch, 3, *options.size)
     dims = {2: ('height', 193, 8192), 3: ('width', 193, 8192)} if dynamic else None
     example = torch.rand(1, 3, 224, 896) if dynamic else image

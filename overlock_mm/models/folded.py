@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -11,6 +11,7 @@ from ..ops.modes import is_exporting, needs_plain_ops
 from .blocks import ContMixBlock, DynamicConvBlock, RepConvBlock
 from .contmix import ContMix
 from .layers import (
+    AdaptiveAvgPool2d,
     DilatedReparamBlock,
     GlobalResponseNorm,
     LayerScale,
@@ -109,6 +110,30 @@ def fold(model: nn.Module) -> nn.Module:
         block._parameters.clear()
         block.folded = folded.eval().requires_grad_(False)
     return model
+
+
+def prepare_for_export(model: nn.Module, plain_norms: bool = False) -> None:
+    """Give a folded model, in place, the layers that make the best exported program.
+
+    Args:
+        model: any module.
+        plain_norms: write layer norms over channels in plain arithmetic, without moving
+            the channels to the end.
+    """
+    for module in model.modules():
+        if type(module) is nn.AdaptiveAvgPool2d:
+            module.__class__ = AdaptiveAvgPool2d
+        elif isinstance(module, _FoldedDynamicConvBlock):
+            module.read_joint()
+        elif plain_norms and type(module) is LayerNorm2d:
+            module.__class__ = _PlainLayerNorm2d
+
+
+class _PlainLayerNorm2d(LayerNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(1, keepdim=True)
+        scale = ((x * x).mean(1, keepdim=True) + self.eps).rsqrt()
+        return x * scale * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 def _folded_children(
@@ -237,6 +262,7 @@ class _FoldedDynamicConvBlock(nn.Module):
     def __init__(self, block: DynamicConvBlock):
         super().__init__()
         self.split, self.is_first, self.is_last = block.split, block.is_first, block.is_last
+        self.reads_joint = False
         if not block.is_first:
             (x_scale, x_shift), (h_scale, h_shift) = (
                 affine(mergeable(scale, LayerScale))
@@ -274,9 +300,24 @@ class _FoldedDynamicConvBlock(nn.Module):
         joint = self.mlp(self.norm2(joint), joint)
         return joint if self.is_last else joint.split(self.split, dim=1)
 
+    def read_joint(self) -> None:
+        """Let ContMix read the joint map, with weights that are zero for the other part.
+
+        Exported programs copy what they split, which takes longer.
+        """
+        if self.reads_joint:
+            return
+        dim, context_dim = self.split
+        mixer = self.contmix
+        mixer.weight_query = _widened(mixer.weight_query, 0, context_dim)
+        mixer.weight_key[1] = _widened(mixer.weight_key[1], dim, 0)
+        self.reads_joint = True
+
     def _mix(self, joint):
         value = self.fusion(joint)
-        x, context = joint.split(self.split, dim=1)
+        x = context = joint
+        if not self.reads_joint:
+            x, context = joint.split(self.split, dim=1)
         mixed = self.dyconv_proj(self.contmix(x, context, value)).add_(self.lepe(value))
         scale = self.se_layer.scale(mixed)
         return _pointwise(mixed.mul_(self.gate(value)), self.proj, scale)
@@ -355,6 +396,16 @@ def _conv(
     merged.weight = _constant(weight.to(conv.weight.dtype))
     merged.bias = _constant((bias + shift).to(conv.weight.dtype))
     return merged.eval()
+
+
+def _widened(conv: nn.Conv2d, before: int, after: int) -> nn.Conv2d:
+    """A 1x1 convolution that ignores channels before and after those it had."""
+    with torch.device('meta'):
+        channels = before + conv.in_channels + after
+        wide = nn.Conv2d(channels, conv.out_channels, 1)
+    wide.weight = _constant(F.pad(conv.weight, (0, 0, 0, 0, before, after)))
+    wide.bias = conv.bias
+    return wide.eval()
 
 
 def _conv_bn(layers: nn.Sequential) -> nn.Conv2d:

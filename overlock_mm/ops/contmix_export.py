@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Columns of a tile: wide enough for an efficient product, narrow enough that most of the
-# matrix is not zeros.
-_TILE = 20
+# matrix is not zeros. The first is for maps of any width, where the last tile may be
+# almost empty.
+_TILE, _LARGEST_TILE = 20, 32
 
 
 def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Tensor:
@@ -55,9 +56,13 @@ def _mix(query, tap_keys, bias, rpb, value, k):
     """
     height, width = value.shape[2:4]
     half, inner = k // 2, width - k + 1
-    tiles = (inner + _TILE - 1) // _TILE  # exporters round negative quotients to zero
-    # of equal width, unless the program is for maps of any width
-    tile = _TILE if isinstance(width, torch.SymInt) else (inner + tiles - 1) // tiles
+    # exporters round negative quotients to zero: there are none here
+    if isinstance(width, torch.SymInt):
+        tile = _TILE
+        tiles = (inner + tile - 1) // tile
+    else:  # of equal width
+        tiles = (inner + _LARGEST_TILE - 1) // _LARGEST_TILE
+        tile = (inner + tiles - 1) // tiles
     length = tile + k
 
     def numbers(count):
@@ -79,17 +84,22 @@ def _mix(query, tap_keys, bias, rpb, value, k):
     logits = query.index_select(2, order) @ tap_keys + biases.index_select(1, classes)
     kernels = logits.softmax(-1).to(value.dtype)
 
-    value = F.pad(value, (0, 0, 0, 1)).flatten(2, 3)  # one more column, of zeros
+    value = F.pad(value, (0, 0, 0, 1))  # one more column, of zeros
+    places = value.flatten(2, 3)
     split = 2 * half * height
-    windows = _windows(y, side * (width - k) + numbers(k), height, width, k)
-    mixed = [kernels[:, :, :split].unflatten(2, (at_sides, half)) @ _at(value, windows)]
+    keys = _at(places, y * (width + 1) + side * (width - k) + numbers(k))
+    windows = _windows(keys, side * height + _tops(y, height, k), k)
+    mixed = [kernels[:, :, :split].unflatten(2, (at_sides, half)) @ windows]
 
-    band = kernels[:, :, split:].unflatten(2, (in_tiles, tile)).unflatten(-1, (k, k))
+    band = kernels[:, :, split:].reshape(*kernels.shape[:2], in_tiles, tile, k, k)
     band = F.pad(band, (0, tile)).flatten(3)
     band = band[..., :-tile].unflatten(-1, (tile, k * length - 1))
-    column = (at_tile * tile + numbers(length)).clamp(max=width)
-    windows = _windows(row, column, height, width, k)[:, :-1]
-    mixed.append(band @ _at(value, windows))
+    keys = value
+    if isinstance(width, torch.SymInt) or tiles > 1:
+        column = (at_tile * tile + numbers(length)).clamp(max=width)
+        keys = _at(places, row * (width + 1) + column)
+    windows = _windows(keys, at_tile * height + _tops(row, height, k), k)
+    mixed.append(band @ windows[..., :-1, :])
 
     # back to the order of the map
     y, x = numbers(height)[:, None], numbers(width)
@@ -107,11 +117,17 @@ def _lines(numbers, height):
     return numbers.shape[0], part, numbers[:, None] - part * height
 
 
-def _windows(row, columns, height, width, k):
-    """Places of the values that each line reads, k rows of the columns."""
-    rows = (row - k // 2).clamp(min=0).clamp(max=height - k)
-    rows = rows + torch.arange(k, device=row.device)
-    return (rows[:, :, None] * (width + 1) + columns[:, None]).flatten(1)
+def _tops(row, height, k):
+    """The k rows that each row reads, (rows, k)."""
+    first = (row - k // 2).clamp(min=0).clamp(max=height - k)
+    return first + torch.arange(k, device=row.device)
+
+
+def _windows(keys, lines, k):
+    """The keys (N, G, lines, L, d) of k lines for each line, (N, G, lines, k * L, d)."""
+    length, d = keys.shape[3:]
+    windows = keys.flatten(3).index_select(2, lines.flatten())
+    return windows.view(*keys.shape[:2], lines.shape[0], k * length, d)
 
 
 def _at(values, places):

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...models import OverLoCK, fold
+from ...models.folded import prepare_for_export
 from ...version import __version__
 from ..files import check_output
 from ..flops import default_scale, default_shape
@@ -107,7 +108,7 @@ def export(
     dims = _dims(dynamic, smallest)
     values = (0.0, 255.0) if with_preprocess else (-2.0, 2.0)
     cases = list(_cases(reference, shape, dims, smallest, values)) if verify else []
-    _simplify(model, config)
+    _simplify(model, config, format)
     metadata = _metadata(predictor, graph, with_preprocess, dims, shape, smallest)
     if half:
         graph = graphs.Half(graph)
@@ -191,7 +192,7 @@ def _cases(
         yield Case(image, expected)
 
 
-def _simplify(model: nn.Module, config: str) -> None:
+def _simplify(model: nn.Module, config: str, format: str) -> None:
     """Merge what is linear at inference, in place."""
     from mmcv.cnn import fuse_conv_bn
 
@@ -200,7 +201,7 @@ def _simplify(model: nn.Module, config: str) -> None:
     except (TypeError, RuntimeError) as error:
         raise UserError(f'{config}: {error}') from error
     fuse_conv_bn(model)
-    graphs.make_exportable(model)
+    prepare_for_export(model, plain_norms=format == 'openvino')
 
 
 def _written(chosen: Format, job: Job, path: Path, config: str) -> int | None:

@@ -288,9 +288,10 @@ def _check(model: nn.Module) -> None:
     for extractor, head in _stages(roi_head.bbox_roi_extractor, roi_head.bbox_head):
         _require(head, 'bbox_head', {BBoxHead: f'{of_features} regress_by_class'})
         if not (head.with_cls and head.with_reg):
-            raise _unsupported('a bbox_head without scores or without deltas of boxes')
+            raise _unsupported('a bbox_head gives no scores or no boxes', 'heads with both')
         if head.custom_cls_channels or head.custom_activation:
-            raise _unsupported(f'a bbox_head with scores of {type(head.loss_cls).__name__}')
+            loss = type(head.loss_cls).__name__
+            raise _unsupported(f'a bbox_head has scores of its {loss}', 'softmax')
         coders.append(head.bbox_coder)
         extractors.append(extractor)
     for coder in coders:
@@ -314,11 +315,11 @@ def _require(part, what: str, kinds: dict[type, str]) -> None:
         same = (getattr(type(part), m, None) is getattr(kind, m) for m in methods.split())
         if isinstance(part, kind) and all(same):
             return
-    found = 'none' if part is None else type(part).__name__
+    found = f'a {type(part).__name__}' if part is not None else 'missing'
     raise _unsupported(
-        f'{what}={found}',
-        f'{" and ".join(k.__name__ for k in kinds)}, and subclasses that predict in the '
-        'same way',
+        f'its {what} is {found}',
+        f'{" and ".join(kind.__name__ for kind in kinds)}, and subclasses that predict in '
+        'the same way',
     )
 
 
@@ -327,29 +328,32 @@ def _check_operators(model: nn.Module, replaced) -> None:
     from mmcv.ops import RoIAlign
 
     for layer in replaced:
-        if type(layer) is not RoIAlign or layer.pool_mode != 'avg':
-            raise _unsupported(f'the RoI layer {layer}', 'RoIAlign with averages')
+        if type(layer) is not RoIAlign:
+            raise _unsupported(f'a roi_layer is a {type(layer).__name__}', 'RoIAlign')
+        if layer.pool_mode != 'avg':
+            raise _unsupported(f'RoIAlign has pool_mode={layer.pool_mode!r}', "'avg'")
     for name, layer in model.named_modules():
         if type(layer).__module__.startswith('mmcv.ops.') and layer not in replaced:
-            raise _unsupported(f'{name}={type(layer).__name__}, an operator of MMCV')
+            raise _unsupported(
+                f'its {name} is a {type(layer).__name__}', 'layers of PyTorch, no mmcv.ops'
+            )
 
 
 def _check_test_cfg(rpn, rcnn) -> None:
     for key in ('nms_pre', 'max_per_img'):
         if rpn.get(key, -1) <= 0:
-            raise _unsupported(f'test_cfg.rpn.{key}={rpn.get(key)}', 'a number from 1')
+            raise _unsupported(f'test_cfg.rpn.{key} is {rpn.get(key)}', 'numbers from 1')
     known = {'type', 'iou_threshold', 'iou_thr', 'class_agnostic', 'split_thr'}
     for where, cfg in (('rpn', rpn.get('nms')), ('rcnn', rcnn.get('nms'))):
         plain = isinstance(cfg, dict) and cfg.get('type', 'nms') == 'nms'
         if not plain or set(cfg) - known or not {'iou_threshold', 'iou_thr'} & set(cfg):
             raise _unsupported(
-                f'test_cfg.{where}.nms={cfg}', "dict(type='nms', iou_threshold=...)"
+                f'test_cfg.{where}.nms is {cfg}', "dict(type='nms', iou_threshold=...)"
             )
 
 
-def _unsupported(found: str, supported: str = '') -> UserError:
-    supported = supported and f'; supported: {supported}'
+def _unsupported(found: str, supported: str) -> UserError:
     return UserError(
-        f'detectors with {found} cannot be exported{supported}. --backbone-only exports the '
-        'backbone alone'
+        f'this detector cannot be exported: {found}; supported: {supported}. '
+        '--backbone-only exports the backbone alone'
     )

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...models import OverLoCK
-from ...models.layers import AdaptiveAvgPool2d
 
 
 class Normalized(nn.Module):
@@ -92,13 +91,6 @@ class Half(nn.Module):
 
 def _in_float32(result: Tensor) -> Tensor:
     return result.float() if result.dtype == torch.float16 else result
-
-
-def make_exportable(model: nn.Module) -> None:
-    """Give a model layers that can be exported for any size, in place."""
-    for module in model.modules():
-        if type(module) is nn.AdaptiveAvgPool2d:
-            module.__class__ = AdaptiveAvgPool2d
 
 
 def smallest_side(backbone: OverLoCK) -> int:
