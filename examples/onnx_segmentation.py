@@ -37,4 +37,4 @@ label_map.putpalette(np.uint8(info['palette']).tobytes())
 label_map.save(out_path)
 shares = np.bincount(np.ravel(label_map)) / (image.width * image.height)
 for i in np.argsort(-shares)[: np.count_nonzero(shares)]:
-    print(f'{shares[i]:6.1%}  {info["classes"][i]}')
+    print(f'{shares[i]:6.1%}  {info["classes"][i - 1]}')

@@ -24,7 +24,7 @@ function* fields(bytes) {
       number += (byte % 128) * unit;
       if (byte < 128) return number;
     }
-    throw Error('This is not an ONNX file, or it is not complete.');
+    throw Error('This is not all of the ONNX file.');
   };
   while (place < bytes.length) {
     const key = readNumber();
@@ -37,4 +37,5 @@ function* fields(bytes) {
       yield [Math.floor(key / 8), bytes.subarray(place, (place += size))];
     } else throw Error('This is not an ONNX file.');
   }
+  if (place > bytes.length) throw Error('This is not all of the ONNX file.');
 }

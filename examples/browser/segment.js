@@ -23,6 +23,7 @@ async function loadModel(file) {
 
 async function loadImage(file) {
   bitmap = overlay = null;
+  find('main').hidden = true;
   // turned as the camera says, and with the values of the file
   bitmap = await createImageBitmap(file, { colorSpaceConversion: 'none' }).catch(() => {
     throw Error(`${file.name} is not an image that this browser can read.`);

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--half', action='store_true', help='compute in float16; input and output float32'
     )
     parser.add_argument(
+        '--int8',
+        metavar='FOLDER',
+        help='compute convolutions in 8 bits (onnx and openvino); ranges of values come from '
+        'the images in the folder',
+    )
+    parser.add_argument(
         '--with-preprocess',
         action='store_true',
         help='take images in RGB with values of 0..255 and normalise them in the file',

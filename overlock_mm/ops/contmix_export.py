@@ -30,14 +30,14 @@ def contmix(query, key, value, proj_weight, proj_bias, rpbs, kernel_sizes) -> Te
     taps = [k * k for k in kernel_sizes]
     tap_keys = (key.to(dtype) @ proj_weight.to(dtype).t()).split(taps, dim=-1)
     biases = proj_bias.to(dtype).split(taps)
-    query = query.to(dtype).flatten(3).mT
+    query = query.to(dtype).flatten(3).transpose(2, 3)
     values = value.unflatten(1, (len(taps) * heads, -1)).permute(0, 1, 3, 4, 2)
     values = values.split(heads, dim=1)
     outputs = [
         _mix(query, *of_kernel)
         for of_kernel in zip(tap_keys, biases, rpbs, values, kernel_sizes, strict=True)
     ]
-    return torch.cat(outputs, dim=1).mT.reshape(-1, value.shape[1], *size)
+    return torch.cat(outputs, dim=1).transpose(2, 3).reshape(-1, value.shape[1], *size)
 
 
 def _mix(query, tap_keys, bias, rpb, value, k):

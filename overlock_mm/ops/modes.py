@@ -44,9 +44,13 @@ def is_compiling() -> bool:
 
 
 def is_exporting() -> bool:
-    """Return whether torch.export is tracing; before torch 2.7 also for torch.compile."""
+    """Return whether torch.export, torch.onnx.export or torch.jit.trace is running.
+
+    Before torch 2.7 it is also true for torch.compile.
+    """
     # torch.compiler.is_exporting() is also true inside of torch.compile
-    return getattr(torch.compiler, '_is_exporting_flag', is_compiling())
+    flag = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.jit.is_tracing() or (is_compiling() if flag is None else flag)
 
 
 def needs_plain_ops() -> bool:

@@ -78,34 +78,39 @@ def fixed_model(segmentor, tmp_path_factory):
     return path
 
 
-@pytest.fixture(
-    scope='session', params=['blocked', pytest.param('venv', marks=pytest.mark.slow)]
-)
-def run_program(request, tmp_path_factory):
-    """Runs a program where there is no torch, and returns what it prints.
-
-    This is this environment with torch and others hidden, or a new one with the packages
-    that docs/deployment.md names.
-    """
-    command = [sys.executable, '-c', _WITHOUT_THEM]
-    if request.param == 'venv':
-        folder = tmp_path_factory.mktemp('venv')
-        subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
-        pip = [folder / 'bin/pip', '--disable-pip-version-check', 'install']
-        packages = ['onnxruntime', 'numpy', 'pillow']
-        subprocess.run([*pip, *packages], check=True, capture_output=True)
-        command = [folder / 'bin/python']
+def _runner(*python):
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
 
     def run(program, *args, error=''):
         done = subprocess.run(
-            [*command, program, *args], env=env, cwd=ROOT, capture_output=True, text=True
+            [*python, program, *args], env=env, cwd=ROOT, capture_output=True, text=True
         )
         assert bool(done.returncode) == bool(error), done.stderr
         assert error in done.stderr
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope='session')
+def run_here():
+    """Runs a program with torch and others hidden, and returns what it prints."""
+    return _runner(sys.executable, '-c', _WITHOUT_THEM)
+
+
+@pytest.fixture(
+    scope='session', params=['here', pytest.param('venv', marks=pytest.mark.slow)]
+)
+def run_program(request, run_here, tmp_path_factory):
+    """The same, and once more in a new environment with what docs/deployment.md names."""
+    if request.param == 'here':
+        return run_here
+    folder = tmp_path_factory.mktemp('venv')
+    subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
+    pip = [folder / 'bin/pip', '--disable-pip-version-check', 'install']
+    packages = ['onnxruntime', 'numpy', 'pillow']
+    subprocess.run([*pip, *packages], check=True, capture_output=True)
+    return _runner(folder / 'bin/python')
 
 
 @pytest.fixture(scope='session')

@@ -41,7 +41,7 @@ DIFFERENTIATED = [
     (1, 1, 1, 2, 1, 7, 7, (3, 7)),
     (1, 1, 1, 2, 1, 13, 26, (5, 13)),
 ]
-BACKENDS = ('torch', 'reference')
+BACKENDS = ('torch', 'export', 'reference')
 
 
 def make_inputs(case, dtype=torch.float64, seed=0):

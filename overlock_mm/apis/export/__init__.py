@@ -17,8 +17,9 @@ from ..flops import default_scale, default_shape
 from ..inference import Predictor
 from ..messages import say
 from . import graphs
-from .formats import Format, Job, format_of
+from .formats import Format, Job, format_of, load_onnx
 from .program import Dims
+from .quantization import CalibrationImages, check_int8, quantize, verify_int8
 from .verification import (
     TOLERANCES,
     Case,
@@ -46,6 +47,7 @@ def export(
     shape: Sequence[int] | None = None,
     dynamic: str = 'none',
     half: bool = False,
+    int8: str | None = None,
     with_preprocess: bool = False,
     verify: bool = True,
     opset: int | None = None,
@@ -70,6 +72,8 @@ def export(
         dynamic: what may change from run to run: 'none', 'batch', 'hw' (height and width)
             or 'all'.
         half: store and compute in float16; images and results stay float32.
+        int8: folder of images, with which an ONNX or OpenVINO file gets 8-bit
+            convolutions: see :mod:`overlock_mm.apis.export.quantization`.
         with_preprocess: take images in RGB with values of 0..255, and normalise them in
             the file. By default images have been normalised.
         verify: compare the file with PyTorch.
@@ -88,6 +92,8 @@ def export(
     """
     chosen = format_of(format)
     _check_options(format, dynamic, shape, opset)
+    if int8 is not None:
+        check_int8(format, half)
     out = check_output(out, [chosen.suffix], force)
     predictor = Predictor(
         config, checkpoint, 'cpu', False, cfg_options=cfg_options, trust=trust
@@ -108,6 +114,9 @@ def export(
     dims = _dims(dynamic, smallest)
     values = (0.0, 255.0) if with_preprocess else (-2.0, 2.0)
     cases = list(_cases(reference, shape, dims, smallest, values)) if verify else []
+    images = ()
+    if int8 is not None:
+        images = CalibrationImages(predictor, int8, shape, dims, smallest, with_preprocess)
     _simplify(model, config, format)
     metadata = _metadata(predictor, graph, with_preprocess, dims, shape, smallest)
     if half:
@@ -115,17 +124,31 @@ def export(
     # of two tiles of columns at least, see contmix_export
     size = (224, 896) if 2 in dims else shape
     image = random_images(size, 2 if 0 in dims else 1)
+    error, lines = None, []
+
+    def rewrite(path: Path) -> int:
+        nonlocal error
+        if verify:
+            error = check(cases, load_onnx(path), compare, TOLERANCES['float32'])
+        return quantize(path, images)
+
     job = Job(graph.eval(), image, dims, opset or _OPSET, half, metadata)
+    if images:
+        job = job._replace(rewrite=rewrite)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.') as folder:
         written = Path(folder, out.name)
         nodes = _written(chosen, job, written, config)
-        error = None
-        if verify:
+        if images:
+            lines = [images.summary()]
+            if verify:
+                lines.append(verify_int8(graph, images, chosen.load(written)))
+        elif verify:
             tolerance = TOLERANCES['float16' if half else 'float32']
             error = check(cases, chosen.load(written), compare, tolerance)
         for file in Path(folder).iterdir():
             file.replace(out.with_name(file.name))
-    return _summary(out, graph, dims, shape, smallest, nodes, cases, error)
+    summary = _summary(out, graph, dims, shape, smallest, nodes, cases, error)
+    return '\n'.join([summary, *lines])
 
 
 def _check_options(format, dynamic, shape, opset) -> None:
@@ -207,6 +230,8 @@ def _simplify(model: nn.Module, config: str, format: str) -> None:
 def _written(chosen: Format, job: Job, path: Path, config: str) -> int | None:
     try:
         return chosen.write(job, path)
+    except UserError:  # of a check
+        raise
     except Exception as error:  # an exporter may raise anything
         raise UserError(
             f'{config} cannot be exported as {path.suffix} ({first_line(error)}); nothing '

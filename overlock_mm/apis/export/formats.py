@@ -26,6 +26,7 @@ class Job(NamedTuple):
         opset: version of the ONNX operators.
         half: whether weights are float16.
         metadata: text to keep in the file, by key.
+        rewrite: changes the ONNX file; how many nodes it has then.
     """
 
     graph: nn.Module
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     opset: int
     half: bool
     metadata: Mapping[str, str]
+    rewrite: Callable[[Path], int] | None = None
 
 
 class Format(NamedTuple):
@@ -56,7 +58,8 @@ def _write_onnx(job: Job, path: Path) -> int:
     from .onnx import write_onnx
 
     program = capture(job.graph, job.image, job.dims)
-    return write_onnx(program, path, job.graph.outputs, job.opset, job.metadata)
+    nodes = write_onnx(program, path, job.graph.outputs, job.opset, job.metadata)
+    return job.rewrite(path) if job.rewrite else nodes
 
 
 def load_onnx(path: Path, threads: int = 0) -> Run:
