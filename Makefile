@@ -35,7 +35,8 @@ test-slow: setup
 test-openmmlab:
 	@$(PYTHON) tools/setup_env.py openmmlab
 	OMP_NUM_THREADS=1 .venv-openmmlab/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not dev_stack and not browser' \
-		--ignore=tests/models/test_compile.py --ignore=tests/ops
+		--ignore=tests/models/test_compile.py --ignore=tests/ops \
+		--ignore=tests/apis/export --ignore=tests/examples
 
 # overlock serve in a real browser.
 test-browser: setup

@@ -13,27 +13,27 @@ info = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map
 if 'boxes' not in info.get('outputs', ()):
     sys.exit(f'{model_path} has the outputs {info.get("outputs")}, not boxes')
 image = ImageOps.exif_transpose(Image.open(image_path)).convert('RGB')
-longest, shortest = info['scale'] or (max(image.size), min(image.size))
-factor = min(longest / max(image.size), shortest / min(image.size))
+factor = min(np.divide(sorted(info['scale'] or image.size), sorted(image.size)))
 factor = max(factor, (info['smallest_side'] or 0) / min(image.size))
-if info['shape']:  # the image fills it in one direction, the rest is black
+if info['shape']:
     factor = min(np.divide(info['shape'], image.size[::-1]))
-height, width = info['shape'] or (int(s * factor + 0.5) for s in image.size[::-1])
-seen = np.divide((width, height), factor) if info['shape'] else np.array(image.size)
-resized = image.transform((width, height), Image.EXTENT, (0, 0, *seen), Image.BILINEAR)
-pixels = np.float32(resized)[..., :: -1 if info['channels'] == 'bgr' else 1]
+size = np.int64(np.multiply(image.size, factor) + 0.5)
+height, width = info['shape'] or np.int64(np.ceil(size[::-1] / 32)) * 32
+padded = Image.new('RGB', (width, height), (124, 116, 104))  # as MMDetection does
+padded.paste(image.transform(size, Image.EXTENT, (0, 0, *image.size), Image.BILINEAR))
+pixels = np.float32(padded)[..., :: -1 if info['channels'] == 'bgr' else 1]
 pixels = (pixels - np.float32(info['mean'])) / np.float32(info['std'])
-results = session.run(None, {'image': pixels.transpose(2, 0, 1)[None]})
-found = dict(zip(info['outputs'], results, strict=True))
+pixels = pixels.transpose(2, 0, 1)[None]
+boxes, scores, labels, *masks = session.run(None, {'image': pixels})
 draw = ImageDraw.Draw(image)
-for i in np.flatnonzero(found['scores'] >= 0.3):
-    x0, y0, x1, y1 = np.rint(found['boxes'][i] * np.tile(seen / (width, height), 2))
-    tag = f'{info["classes"][found["labels"][i]]} {found["scores"][i]:.2f}'
-    color = tuple(info['palette'][found['labels'][i]])
+for i in np.flatnonzero(scores >= 0.3):
+    x0, y0, x1, y1 = np.rint(boxes[i] * np.tile(image.size / size, 2))
+    tag = f'{info["classes"][labels[i]]} {scores[i]:.2f}'
+    color = tuple(info['palette'][labels[i]])
     print(f'{tag}  x {x0:.0f}..{x1:.0f}  y {y0:.0f}..{y1:.0f}')
-    if 'masks' in found:  # probabilities inside of the box
-        size = int(max(x1 - x0, 1)), int(max(y1 - y0, 1))
-        mask = np.array(Image.fromarray(found['masks'][i]).resize(size, Image.BILINEAR))
+    if masks:  # probabilities inside of the box
+        inside = int(max(x1 - x0, 1)), int(max(y1 - y0, 1))
+        mask = np.array(Image.fromarray(masks[0][i]).resize(inside, Image.BILINEAR))
         image.paste(color, (int(x0), int(y0)), Image.fromarray(np.uint8(mask >= 0.5) * 128))
     draw.rectangle((x0, y0, x1, y1), outline=color, width=max(2, image.width // 400))
     draw.text((x0, y0), tag, font_size=8 + image.width // 80, stroke_width=2, stroke_fill=0)

@@ -20,8 +20,7 @@ if image.mode.startswith(('I', 'F')):
     sys.exit(f'{image_path} has more than 8 bits per channel; save it with 8')
 image = image.convert('RGB')
 
-longest, shortest = info['scale'] or (max(image.size), min(image.size))
-factor = min(longest / max(image.size), shortest / min(image.size))
+factor = min(np.divide(sorted(info['scale'] or image.size), sorted(image.size)))
 factor = max(factor, (info['smallest_side'] or 0) / min(image.size))
 height, width = info['shape'] or (int(s * factor + 0.5) for s in image.size[::-1])
 # bilinear as in OpenCV; Image.resize would smooth the image
@@ -37,4 +36,4 @@ label_map.putpalette(np.uint8(info['palette']).tobytes())
 label_map.save(out_path)
 shares = np.bincount(np.ravel(label_map)) / (image.width * image.height)
 for i in np.argsort(-shares)[: np.count_nonzero(shares)]:
-    print(f'{shares[i]:6.1%}  {info["classes"][i - 1]}')
+    print(f'{shares[i]:6.1%}  {info["classes"][i]}')

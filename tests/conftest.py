@@ -101,3 +101,22 @@ model = dict(
 train_cfg = dict(max_epochs=1, val_interval=1)
 """)
     return folder
+
+
+@pytest.fixture(scope='session')
+def models(configs, tmp_path_factory):
+    """Config and checkpoint of a tiny segmentor and a tiny detector, by these names."""
+    import torch
+
+    from overlock_mm.config.load import build_model, load_config
+
+    folder, found = tmp_path_factory.mktemp('models'), {}
+    for name in ('segmentor', 'detector'):
+        cfg = load_config(configs / f'{name}.py')
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        model.init_weights()
+        meta = dict(dataset_meta=dict(cfg.metainfo))
+        torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / f'{name}.pth')
+        found[name] = configs / f'{name}.py', folder / f'{name}.pth'
+    return found

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--int8',
         metavar='FOLDER',
-        help='compute convolutions in 8 bits (onnx and openvino); ranges of values come from '
-        'the images in the folder',
+        help='compute convolutions in 8 bits (onnx, openvino); ranges of values come from '
+        'the images in this folder',
     )
     parser.add_argument(
         '--with-preprocess',

@@ -8,32 +8,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from helpers import ROOT, run, tool
 from mmengine.config import Config
 from PIL import Image
 
 from overlock_mm.apis.infer import find_inputs, infer, output_names
 from overlock_mm.cli.infer import add_arguments
-from overlock_mm.config.load import build_model, load_config
 from overlock_mm.errors import UserError
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
-
-
-@pytest.fixture(scope='module')
-def models(configs, tmp_path_factory):
-    """Config and checkpoint of a segmentor and a detector."""
-    folder, found = tmp_path_factory.mktemp('models'), {}
-    for name in ('segmentor', 'detector'):
-        cfg = load_config(configs / f'{name}.py')
-        torch.manual_seed(0)
-        model = build_model(cfg)
-        model.init_weights()
-        meta = dict(dataset_meta=dict(cfg.metainfo))
-        torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / f'{name}.pth')
-        found[name] = configs / f'{name}.py', folder / f'{name}.pth'
-    return found
 
 
 @pytest.fixture

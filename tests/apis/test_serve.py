@@ -30,7 +30,6 @@ from pycocotools import mask as coco_mask
 from overlock_mm import Predictor
 from overlock_mm.apis.serve import Service, web_app
 from overlock_mm.cli import main
-from overlock_mm.config.load import build_model, load_config
 from overlock_mm.errors import UserError
 
 TASKS = ('segmentor', 'detector')
@@ -49,21 +48,6 @@ def encoded(image=RANDOM, kind='PNG', **options):
 
 def pixels(content):
     return np.asarray(Image.open(io.BytesIO(content)).convert('RGB')).astype(int)
-
-
-@pytest.fixture(scope='module')
-def models(configs, tmp_path_factory):
-    """Config and checkpoint of a segmentor and a detector."""
-    folder, found = tmp_path_factory.mktemp('models'), {}
-    for name in TASKS:
-        cfg = load_config(configs / f'{name}.py')
-        torch.manual_seed(0)
-        model = build_model(cfg)
-        model.init_weights()
-        meta = dict(dataset_meta=dict(cfg.metainfo))
-        torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / f'{name}.pth')
-        found[name] = configs / f'{name}.py', folder / f'{name}.pth'
-    return found
 
 
 @pytest.fixture(scope='module')

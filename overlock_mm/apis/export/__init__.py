@@ -112,11 +112,11 @@ def export(
     shape = tuple(shape or default_shape(predictor.cfg, model, predictor.toolbox))
     smallest = graphs.smallest_side(backbone)
     dims = _dims(dynamic, smallest)
-    values = (0.0, 255.0) if with_preprocess else (-2.0, 2.0)
-    cases = list(_cases(reference, shape, dims, smallest, values)) if verify else []
     images = ()
     if int8 is not None:
         images = CalibrationImages(predictor, int8, shape, dims, smallest, with_preprocess)
+    values = (0.0, 255.0) if with_preprocess else (-2.0, 2.0)
+    cases = list(_cases(reference, shape, dims, smallest, values)) if verify else []
     _simplify(model, config, format)
     metadata = _metadata(predictor, graph, with_preprocess, dims, shape, smallest)
     if half:

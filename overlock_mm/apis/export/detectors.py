@@ -310,10 +310,10 @@ def _check(model: nn.Module) -> None:
 
 
 def _require(part, what: str, kinds: dict[type, str]) -> None:
-    """Refuse a part that is none of some classes, or has another of these methods."""
+    """Refuse a part that has not these methods of one of some classes."""
     for kind, methods in kinds.items():
-        same = (getattr(type(part), m, None) is getattr(kind, m) for m in methods.split())
-        if isinstance(part, kind) and all(same):
+        names = methods.split()
+        if all(getattr(type(part), m, None) is getattr(kind, m) for m in names):
             return
     found = f'a {type(part).__name__}' if part is not None else 'missing'
     raise _unsupported(

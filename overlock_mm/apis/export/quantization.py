@@ -1,7 +1,7 @@
-"""Exported files with 8-bit convolutions, made from ONNX files in float32 and from images."""
+"""Exported files with 8-bit convolutions, made from files in float32 and from images."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class CalibrationImages(Sequence):
 
     def summary(self) -> str:
         """How many images are used, as a line."""
-        return f'int8    calibrated with {len(self)} of {self.found} images'
+        return f'int8, calibrated with {len(self)} of {self.found} images'
 
     def _resized(self, image: Tensor) -> Tensor:
         size = self.shape
@@ -129,8 +129,8 @@ def _image_files(folder: Path) -> list[Path]:
     paths = sorted(p for p in files_below(folder) if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(
-            f'--int8 {folder} has no images ({", ".join(SUFFIXES)}); give a folder with some '
-            'of those that the model is for'
+            f'--int8 {folder} has no images ({", ".join(SUFFIXES)}); give a folder with '
+            'some of those that the model is for'
         )
     return paths
 
@@ -155,8 +155,10 @@ def quantize(path: Path, images: Sequence[Tensor]) -> int:
     Dense convolutions have weights of int8, with a scale for each output channel, and take
     and give uint8, with a scale for each map, which comes from its smallest and its largest
     value. Weights use 7 of the 8 bits: two products of 255 * 64 fit into the 16 bits in
-    which CPUs without VNNI add them up, and larger ones would be cut off there. Everything else stays in float32: ContMix's softmax and matrix products, GRN and
-    other norms, GELU, and the depth-wise convolutions, which would be slower.
+    which CPUs without VNNI add them up, and larger ones would be cut off there.
+
+    Everything else stays in float32: softmax and matrix products of ContMix, GRN and other
+    norms, GELU, and the depth-wise convolutions, which would be slower in 8 bits.
 
     Args:
         path: a file in float32; it is replaced.
@@ -235,12 +237,11 @@ def verify_int8(
 ) -> str:
     """Compare a file with PyTorch on ``CHECKED`` of the images; what was found, as text.
 
-    Eight bits cannot give what float32 gives. Of label maps the share of pixels with another
-    label is compared, ``LABELS_CHANGED`` at most; of logits and of a backbone's maps the
-    norm of the difference, as a part of the norm of the values, ``VALUES_CHANGED`` at most.
-    Both are means over the images, and of several outputs the largest counts. A file that
-    passes may still be less accurate than its model: only a test with labels says by how
-    much.
+    Eight bits cannot give what float32 gives. Of label maps, at most ``LABELS_CHANGED`` of
+    the pixels may have another label; of logits and of a backbone's maps, the norm of the
+    difference may be ``VALUES_CHANGED`` of the norm of the values. Both are means over the
+    images, and of several outputs the largest counts. A file that passes may still be less
+    accurate than its model: only a test with labels says by how much.
 
     Args:
         graph: what the file should compute.
@@ -267,11 +268,11 @@ def verify_int8(
     labels = graph.outputs == ('labels',)
     found, limit = float(np.mean(found)), LABELS_CHANGED if labels else VALUES_CHANGED
     what = 'of the pixels have another label' if labels else 'of the norm is an error'
-    text = f'on {min(len(images), CHECKED)} of them {found:.2%} {what}'
+    text = f'{found:.2%} {what}, on {min(len(images), CHECKED)} of the images'
     if found > limit:
         raise UserError(
             f'the int8 file differs from PyTorch: {text}, and {limit:.0%} is allowed; '
             'nothing was written. Give images that the model is for, and a trained '
             'checkpoint; --no-verify writes it'
         )
-    return f'int8    {text} than from PyTorch' if labels else f'int8    {text}'
+    return f'compared with PyTorch: {text}'

@@ -85,6 +85,35 @@ def compare_labels(segmentor: Segmentor) -> Compare:
     return compare
 
 
+def compare_objects(expected: Sequence[Tensor], results: Sequence[np.ndarray]) -> float:
+    """Compare boxes, scores, labels and, if there are some, masks of objects.
+
+    The difference of an object is that to the most similar one of its label that was
+    found: of the coordinates, as a part of the largest one, of the scores or of the masks.
+    The result leaves out two objects of a hundred: thresholds of scores and of overlaps
+    decide on objects, and rounding on some of these decisions.
+    """
+    if len(results) != len(expected) or len(results[0]) > 1.02 * len(expected[0]) + 1:
+        return float('inf')
+    found = [torch.from_numpy(result) for result in results]
+    scale = max(expected[0].abs().max().item(), 1) if len(expected[0]) else 1
+    differences = [0.0]
+    for wanted in zip(*expected, strict=True):
+        alike = found[2] == wanted[2]
+        if not alike.any():
+            differences.append(float('inf'))
+            continue
+        far = torch.maximum(
+            (found[0][alike] - wanted[0]).abs().amax(1) / scale,
+            (found[1][alike] - wanted[1]).abs(),
+        )
+        if len(wanted) == 4:
+            far = torch.maximum(far, (found[3][alike] - wanted[3]).abs().amax((1, 2)))
+        differences.append(far.min().item())
+    differences.sort()
+    return differences[int(0.98 * (len(differences) - 1))]
+
+
 def verify(
     cases: Sequence[Case],
     run: Callable[[np.ndarray], list[np.ndarray]],

@@ -171,7 +171,8 @@ def test_onnx(name, tmp_path):
     model = make(name)
     detector = Detector(model).eval()
     file = tmp_path / 'detector.onnx'
-    program = capture(detector, image(1, 3, 192, 224), DIMS)
+    # no level of the example is short of anchors, and those of the images below are
+    program = capture(detector, image(1, 3, 320, 352), DIMS)
     write_onnx(program, file, detector.outputs, 20)
     run = session(file)
     for size in SIZES:
@@ -221,12 +222,26 @@ def test_levels_of_boxes():
     layer = dict(type='RoIAlign', output_size=7, sampling_ratio=0)
     extractor = SingleRoIExtractor(layer, 2, [4, 8, 16, 32])
     maps = [image(1, 2, 1024 // stride, 1024 // stride) for stride in (4, 8, 16, 32)]
-    sides = torch.tensor([0.0, 1, 111.99, 112, 112.01, 223.99, 224, 447.99, 448, 896, 1024])
+    sides = [0.0, 1, 111.99, 111.99998, 112, 112.01, 223.99, 224, 447.99, 448, 896, 1024]
+    sides = torch.tensor(sides)
     boxes = torch.stack([sides * 0, sides * 0, sides, sides], dim=1)
     rois = torch.cat([sides[:, None] * 0, boxes], dim=1)
     assert extractor.map_roi_levels(rois, 4).unique().tolist() == [0, 1, 2, 3]
     found = detectors._extract(extractor, maps, boxes)
     torch.testing.assert_close(found, extractor(maps, rois))
+
+
+def test_places_of_boxes_in_half_precision():
+    """Pixels of a large image are not rounded, where float16 knows even ones alone."""
+    layer = dict(type='RoIAlign', output_size=7, sampling_ratio=0)
+    extractor = SingleRoIExtractor(layer, 2, [4, 8])
+    maps = [image(1, 2, 4, 4096 // stride).half() for stride in (4, 8)]
+    boxes = torch.tensor([[3001.0, 0.0, 3015.0, 12.0], [2001.0, 0.0, 2601.0, 16.0]])
+    found = detectors._extract(extractor, maps, boxes)
+    assert found.dtype == torch.float16
+    rois = torch.nn.functional.pad(boxes, (1, 0))
+    expected = extractor([level.float() for level in maps], rois)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_subclasses_that_differ_in_training_alone():
