@@ -17,8 +17,8 @@ factor = min(np.divide(sorted(info['scale'] or image.size), sorted(image.size)))
 factor = max(factor, (info['smallest_side'] or 0) / min(image.size))
 if info['shape']:
     factor = min(np.divide(info['shape'], image.size[::-1]))
-size = np.int64(np.multiply(image.size, factor) + 0.5)
-height, width = info['shape'] or np.int64(np.ceil(size[::-1] / 32)) * 32
+size = [int(side * factor + 0.5) for side in image.size]
+height, width = info['shape'] or (side + -side % 32 for side in size[::-1])
 padded = Image.new('RGB', (width, height), (124, 116, 104))  # as MMDetection does
 padded.paste(image.transform(size, Image.EXTENT, (0, 0, *image.size), Image.BILINEAR))
 pixels = np.float32(padded)[..., :: -1 if info['channels'] == 'bgr' else 1]
@@ -27,7 +27,7 @@ pixels = pixels.transpose(2, 0, 1)[None]
 boxes, scores, labels, *masks = session.run(None, {'image': pixels})
 draw = ImageDraw.Draw(image)
 for i in np.flatnonzero(scores >= 0.3):
-    x0, y0, x1, y1 = np.rint(boxes[i] * np.tile(image.size / size, 2))
+    x0, y0, x1, y1 = np.rint(boxes[i] * np.tile(np.divide(image.size, size), 2))
     tag = f'{info["classes"][labels[i]]} {scores[i]:.2f}'
     color = tuple(info['palette'][labels[i]])
     print(f'{tag}  x {x0:.0f}..{x1:.0f}  y {y0:.0f}..{y1:.0f}')

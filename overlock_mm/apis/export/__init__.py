@@ -17,6 +17,7 @@ from ..flops import default_scale, default_shape
 from ..inference import Predictor
 from ..messages import say
 from . import graphs
+from .detectors import Detector
 from .formats import Format, Job, format_of, load_onnx
 from .program import Dims
 from .quantization import CalibrationImages, check_int8, quantize, verify_int8
@@ -24,6 +25,7 @@ from .verification import (
     TOLERANCES,
     Case,
     compare_labels,
+    compare_objects,
     compare_values,
     first_line,
     random_images,
@@ -104,6 +106,8 @@ def export(
             f'the backbone of {config} is a {type(backbone).__name__}, and only models '
             'with OverLoCK are exported; `overlock swap` puts it into a config'
         )
+    if predictor.toolbox == 'mmdet' and not backbone_only:
+        _check_detector(logits, dynamic, half)
     graph, reference, compare = _graphs(predictor, backbone_only, logits)
     if with_preprocess:
         graphs.check_channels(backbone)
@@ -184,13 +188,28 @@ def _graphs(predictor: Predictor, backbone_only: bool, logits: bool):
         return graph, graph, compare_values
     if predictor.toolbox == 'mmseg':
         if (predictor.cfg.model.get('test_cfg') or {}).get('mode', 'whole') != 'whole':
-            say(
-                'the config predicts in tiles; the file predicts the image that it is given'
-            )
+            say('the config predicts in tiles, and the file predicts whole images')
         graph = graphs.Segmentor(predictor.model, logits)
         reference = graphs.Segmentor(predictor.model, logits=True)
         return graph, reference, compare_values if logits else compare_labels(graph)
-    raise UserError('detectors are not exported yet; use --backbone-only')
+    graph = Detector(predictor.model)
+    return graph, graph, compare_objects
+
+
+def _check_detector(logits: bool, dynamic: str, half: bool) -> None:
+    """Raise UserError for what is not for detectors."""
+    if logits:
+        raise UserError('--logits is for segmentors, and the config is of a detector')
+    if 0 in DYNAMIC[dynamic]:
+        raise UserError(
+            f'--dynamic {dynamic}: the file of a detector takes one image at a time; use '
+            '--dynamic hw, or none'
+        )
+    if half:
+        raise UserError(
+            '--half is for segmentors and backbones: float16 is too coarse for the '
+            'coordinates of boxes'
+        )
 
 
 def _dims(dynamic: str, smallest: int) -> Dims:

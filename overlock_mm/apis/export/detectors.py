@@ -235,7 +235,7 @@ def _extract(extractor, maps, boxes: Tensor) -> Tensor:
         return _align(layers[0], maps[0], rois)
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
     scale = (width * height).sqrt() / extractor.finest_scale + 1e-6
-    # the whole part of its logarithm, without that of a runtime, which may round down
+    # the whole part of log2(scale), however a runtime rounds logarithms
     level = sum((scale >= 2**i).long() for i in range(1, len(layers)))
     order = [_places(level == i) for i in range(len(layers))]
     features = [

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from overlock_mm import Predictor
-from overlock_mm.apis.export import export, formats, quantization
+from overlock_mm.apis.export import _written, export, formats, quantization
 from overlock_mm.apis.export.onnx import write_onnx
 from overlock_mm.apis.export.program import capture
 from overlock_mm.apis.export.quantization import CalibrationImages, changed, evenly
@@ -235,6 +235,15 @@ def test_what_differs_too_much_is_not_written(models, folder, tmp_path, monkeypa
     with pytest.raises(UserError, match=r'% of the norm is an error.*--no-verify') as error:
         export(*models['segmentor'], out, backbone_only=True, shape=SIZE, int8=folder)
     assert 'nothing was written' in str(error.value) and not os.listdir(tmp_path)
+
+
+def test_errors_of_the_check_in_float32_are_kept(tmp_path):
+    def write(job, path):
+        raise UserError('the exported file differs')
+
+    chosen = formats.FORMATS['onnx']._replace(write=write)
+    with pytest.raises(UserError, match='^the exported file differs$'):
+        _written(chosen, None, tmp_path / 'model.onnx', 'config.py')
 
 
 def test_what_counts_as_changed():
