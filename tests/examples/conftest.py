@@ -13,14 +13,6 @@ from overlock_mm import OverLoCK, Predictor
 from overlock_mm.apis.export import export
 from overlock_mm.config.load import build_model, load_config
 
-# As small as it can be: most of the time of an export is the number of layers.
-ARCH = dict(
-    depths=(1, 1, 1, 1),
-    focus_depths=(1, 1),
-    embed_dims=(8, 16, 32, 32),
-    kernel_sizes=(5, 5, 5, 5),
-    focus_heads=(2, 2),
-)
 SCALE = 320, 240  # images of this size are not resized
 _BLOCKED = 'torch', 'torchvision', 'cv2', 'onnx', 'mmcv', 'mmengine', 'overlock_mm'
 _WITHOUT_THEM = f"""
@@ -32,15 +24,27 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 @pytest.fixture(scope='session')
-def segmentor(tmp_path_factory):
+def arch():
+    """As small as it can be: most of the time of an export is the number of layers."""
+    return dict(
+        depths=(1, 1, 1, 1),
+        focus_depths=(1, 1),
+        embed_dims=(8, 16, 32, 32),
+        kernel_sizes=(5, 5, 5, 5),
+        focus_heads=(2, 2),
+    )
+
+
+@pytest.fixture(scope='session')
+def segmentor(arch, tmp_path_factory):
     """Config and checkpoint of a segmentor that resizes images to ``SCALE``."""
     folder = tmp_path_factory.mktemp('segmentor')
     config, checkpoint = folder / 'segmentor.py', folder / 'segmentor.pth'
     config.write_text(f"""
 _base_ = {str(SEGMENTATION)!r}
 model = dict(
-    backbone=dict(arch=dict(_delete_=True, **{ARCH})),
-    decode_head=dict(in_channels={list(OverLoCK.channels_of(ARCH))}, channels=16),
+    backbone=dict(arch=dict(_delete_=True, **{arch})),
+    decode_head=dict(in_channels={list(OverLoCK.channels_of(arch))}, channels=16),
     auxiliary_head=None)
 test_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='Resize', scale={SCALE}, keep_ratio=True),

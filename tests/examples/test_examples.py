@@ -15,9 +15,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import ROOT
+from helpers import DETECTION, ROOT
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageOps
+
+from overlock_mm import OverLoCK, Predictor
+from overlock_mm.apis.export import export
+from overlock_mm.config.load import build_model, load_config
 
 SEGMENT, DETECT = (
     ROOT / f'examples/onnx_{task}.py' for task in ('segmentation', 'detection')
@@ -335,6 +339,59 @@ def test_low_scores_and_no_masks(run_program, tmp_path):
         else:
             assert (picture[30:75, 20:140] == image[30:75, 20:140]).all()
             assert (picture[80, 10:150] == PALETTE[0]).all()
+
+
+def test_a_small_image_is_enlarged_for_the_detector(run_program, tmp_path):
+    Image.fromarray(noise(100, 120)).save(tmp_path / 'photo.png')
+    model = detector(tmp_path / 'model.onnx', scale=None)
+    printed = run_program(DETECT, model, tmp_path / 'photo.png', tmp_path / 'out.png')
+    expected = BOXES[0] * 100 / 129
+    np.testing.assert_allclose(objects_in(printed)['cat'][1], expected, atol=1)
+
+
+@pytest.mark.slow  # an export of a minute
+def test_objects_are_those_of_infer(run_here, photo, arch, tmp_path):
+    """At a size that is neither resized nor padded, and so no rounding adds up."""
+    config, checkpoint, path = (tmp_path / f'model.{end}' for end in ('py', 'pth', 'onnx'))
+    config.write_text(f"""
+_base_ = {str(DETECTION)!r}
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, **{arch})),
+    neck=dict(in_channels={list(OverLoCK.channels_of(arch))}),
+    test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=20)))
+test_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(320, 256), keep_ratio=True),
+    dict(type='PackDetInputs')]
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+""")
+    cfg = load_config(config)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    model.init_weights()
+    for head in model.roi_head.bbox_head:
+        torch.nn.init.normal_(head.fc_cls.weight, std=0.3)  # so that scores are high
+    meta = dict(dataset_meta=dict(cfg.metainfo))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
+    export(config, checkpoint, str(path), dynamic='hw', verify=False)
+
+    Image.fromarray(photo(256, 320)).save(tmp_path / 'photo.png')
+    predictor = Predictor(config, checkpoint, 'cpu')
+    found = predictor(tmp_path / 'photo.png').pred_instances
+    found = found[found.scores >= 0.3]
+    printed = run_here(DETECT, path, tmp_path / 'photo.png', tmp_path / 'out.png')
+    lines = printed.splitlines()
+    assert len(lines) == len(found) > 3
+    for line, label, score, box in zip(
+        lines, found.labels, found.scores, found.bboxes.tolist(), strict=True
+    ):
+        [(name, (printed_score, printed_box))] = objects_in(line).items()
+        assert name == predictor.classes[label]
+        assert printed_score == pytest.approx(score.item(), abs=0.01)
+        np.testing.assert_allclose(printed_box, box, atol=1)
+    picture = np.asarray(Image.open(tmp_path / 'out.png')).astype(int)
+    masked = found.masks.numpy().any(0)
+    colored = (picture != photo(256, 320)).any(2)
+    assert colored[masked].mean() > 0.95 and masked.mean() > 0.01
 
 
 def test_a_turned_photo_has_its_objects_where_they_are(run_program, tmp_path):

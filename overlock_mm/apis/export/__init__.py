@@ -107,7 +107,7 @@ def export(
             'with OverLoCK are exported; `overlock swap` puts it into a config'
         )
     if predictor.toolbox == 'mmdet' and not backbone_only:
-        _check_detector(logits, dynamic, half)
+        _check_detector(logits, dynamic, half, int8)
     graph, reference, compare = _graphs(predictor, backbone_only, logits)
     if with_preprocess:
         graphs.check_channels(backbone)
@@ -196,7 +196,7 @@ def _graphs(predictor: Predictor, backbone_only: bool, logits: bool):
     return graph, graph, compare_objects
 
 
-def _check_detector(logits: bool, dynamic: str, half: bool) -> None:
+def _check_detector(logits: bool, dynamic: str, half: bool, int8: str | None) -> None:
     """Raise UserError for what is not for detectors."""
     if logits:
         raise UserError('--logits is for segmentors, and the config is of a detector')
@@ -209,6 +209,11 @@ def _check_detector(logits: bool, dynamic: str, half: bool) -> None:
         raise UserError(
             '--half is for segmentors and backbones: float16 is too coarse for the '
             'coordinates of boxes'
+        )
+    if int8 is not None:
+        raise UserError(
+            '--int8 is for segmentors and backbones: what 8 bits do to the objects of a '
+            'detector was not measured; add --backbone-only'
         )
 
 

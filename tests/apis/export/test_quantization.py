@@ -229,6 +229,11 @@ def test_options_that_do_not_go_together(options, message, models, folder, tmp_p
         export(*models['segmentor'], tmp_path / 'model', int8=folder, **options)
 
 
+def test_whole_detectors_are_refused(models, folder, tmp_path):
+    with pytest.raises(UserError, match='--int8 is for segmentors and backbones'):
+        export(*models['detector'], tmp_path / 'model.onnx', int8=folder)
+
+
 def test_what_differs_too_much_is_not_written(models, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, 'VALUES_CHANGED', 1e-4)
     out = tmp_path / 'model.onnx'
