@@ -133,6 +133,13 @@ def parse_args() -> argparse.Namespace:
     )
     commands.choices[benchmark.RuntimeOptions.command].set_defaults(against='torch')
 
+    add, defaults = command(benchmark.FileOptions, common)
+    add('--file', required=True, metavar='FILE', help='an exported file, .onnx or .xml')
+    add('--against', required=True, metavar='FILE', help='another')
+    add('--size', type=size, default='512', help='H or HxW of images (%(default)s)')
+    add('--batch', type=count, default=defaults.batch, help='images in a step')
+    add('--dtype', choices=dtypes[:1], default='float32', help=argparse.SUPPRESS)
+
     cli.add_debug_option(parser)
     args = parser.parse_args()
     # without the files to write: it is recorded in one of them

@@ -163,9 +163,27 @@ class RuntimeOptions(ModelOptions):
     against: str = 'torch'
 
 
+@dataclass(kw_only=True)
+class FileOptions(BenchmarkOptions):
+    """An exported file against another, on the CPU.
+
+    Args:
+        file: the file, ``.onnx`` or ``.xml``.
+        against: the other.
+        size: height and width of the images.
+        batch: images in a step.
+    """
+
+    command: ClassVar[str] = 'file'
+    file: str = 'model.onnx'
+    against: str = 'other.onnx'
+    size: tuple[int, int] = (512, 512)
+    batch: int = 1
+
+
 _OPTIONS = {
     kind.command: kind
-    for kind in (OpOptions, BackboneOptions, TrainStepOptions, RuntimeOptions)
+    for kind in (OpOptions, BackboneOptions, TrainStepOptions, RuntimeOptions, FileOptions)
 }
 
 
@@ -212,6 +230,8 @@ def compare(options) -> tuple[BenchmarkOptions, str, list[Side]]:
         return options, *compare_op(options)
     if isinstance(options, RuntimeOptions):
         return compare_runtimes(options)
+    if isinstance(options, FileOptions):
+        return options, *compare_files(options)
     return compare_models(options)
 
 
@@ -314,6 +334,30 @@ def compare_runtimes(options: RuntimeOptions) -> tuple[RuntimeOptions, str, list
     sides = [Side(f'ours: {options.runtime}{kind}, {size}', ours), Side(name, theirs)]
     what = f'OverLoCK-{options.arch.upper()}, exported, batch {options.batch}'
     return options, what, sides
+
+
+def compare_files(options: FileOptions) -> tuple[str, list[Side]]:
+    """A title and the two sides: two exported files."""
+    from .export.formats import load_onnx, load_openvino
+
+    loaders = {'.onnx': load_onnx, '.xml': load_openvino}
+    images = torch.randn(options.batch, 3, *options.size).numpy()
+
+    def build(path):
+        run = loaders[path.suffix](path, options.threads)
+        return lambda: run(images)
+
+    sides = []
+    for name, text in (('ours', options.file), ('theirs', options.against)):
+        path = Path(text)
+        if path.suffix not in loaders or not path.is_file():
+            raise UserError(f'{text} must be an exported file, .onnx or .xml')
+        size = path.stat().st_size
+        if path.suffix == '.xml':
+            size += path.with_suffix('.bin').stat().st_size
+        name = f'{name}: {path.name}, {size / 2**20:.1f} MiB'
+        sides.append(Side(name, partial(build, path)))
+    return f'Exported files, {"x".join(map(str, images.shape))}', sides
 
 
 def _runtime_step(options, make, dynamic) -> Step:
@@ -442,7 +486,7 @@ def measure(options: BenchmarkOptions, sides: list[Side]) -> dict:
         for i, step in enumerate(steps):
             bar.set_description('memory')
             on_cuda = options.device == 'cuda'
-            if isinstance(options, RuntimeOptions):  # they keep their memory
+            if isinstance(options, RuntimeOptions | FileOptions):  # they keep memory
                 memory.append(None)
             else:
                 memory.append(

@@ -172,36 +172,40 @@ def test_what_cannot_be_done(run_program, model, photo, tmp_path):
     assert not out.exists()
 
 
-def test_the_resize_is_that_of_opencv(run_program, photo, tmp_path):
-    """A model whose labels are the values of the red channel, of noise."""
+def red_model(path):
+    """An ONNX file whose labels are the values of the red channel, with colours in grey."""
     nodes = [
         helper.make_node('Slice', ['image', 'first', 'second', 'axes'], ['red']),
         helper.make_node('Squeeze', ['red', 'axes'], ['values']),
         helper.make_node('Cast', ['values'], ['labels'], to=TensorProto.UINT8),
     ]
-    constants = dict(first=[0], second=[1], axes=[1])
-    classes = [f'class_{i}' for i in range(256)]
-    palette = [[i, i, i] for i in range(256)]
-    path = tmp_path / 'model.onnx'
-    save_model(
-        path,
-        nodes,
-        {name: np.int64(value) for name, value in constants.items()},
-        dict(labels=TensorProto.UINT8),
-        **dict(classes=classes, palette=palette, mean=[0] * 3, std=[1] * 3),
+    constants = dict(first=np.int64([0]), second=np.int64([1]), axes=np.int64([1]))
+    metadata = dict(
+        classes=[f'class_{i}' for i in range(256)], palette=[[i, i, i] for i in range(256)]
     )
+    metadata |= dict(mean=[0] * 3, std=[1] * 3)
+    save_model(path, nodes, constants, dict(labels=TensorProto.UINT8), **metadata)
+    return path
+
+
+def test_the_resize_is_that_of_opencv(run_program, tmp_path):
+    model, path = red_model(tmp_path / 'model.onnx'), tmp_path / 'photo.png'
     for size, inner in (((600, 700), (240, 280)), ((90, 60), (320, 213))):
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(image).save(tmp_path / 'photo.png')
-        run_program(SEGMENT, path, tmp_path / 'photo.png', tmp_path / 'out.png')
+        Image.fromarray(image).save(path)
+        run_program(SEGMENT, model, path, tmp_path / 'out.png')
         expected = Image.fromarray(cv2.resize(image[..., 0], inner[::-1]))
         expected = np.array(expected.resize(size[::-1], Image.NEAREST)).astype(int)
         found = np.asarray(Image.open(tmp_path / 'out.png'))
         assert np.abs(found - expected).max() <= 1  # rounded down, or to the nearest
+
+
+def test_classes_that_were_not_found_are_not_listed(run_program, tmp_path):
     image = np.full((240, 320, 3), 5, np.uint8)
     image[:60] = 200
     Image.fromarray(image).save(tmp_path / 'photo.png')
-    printed = run_program(SEGMENT, path, tmp_path / 'photo.png', tmp_path / 'out.png')
+    model = red_model(tmp_path / 'model.onnx')
+    printed = run_program(SEGMENT, model, tmp_path / 'photo.png', tmp_path / 'out.png')
     assert printed.split() == ['75.0%', 'class_5', '25.0%', 'class_200']
 
 
@@ -512,6 +516,20 @@ def test_the_page(page, run_here, model, fixed_model, photo, tmp_path, kind):
     index = json.loads(onnx_metadata(model)['classes']).index(first)
     palette = json.loads(onnx_metadata(model)['palette'])
     assert color == f'rgb({", ".join(map(str, palette[index]))})'
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('size', [(608, 704), (128, 96)])
+def test_the_resize_of_the_page(page, run_here, tmp_path, size):
+    """Of sizes where no new pixel is in the middle between two old ones."""
+    model, path = red_model(tmp_path / 'model.onnx'), tmp_path / 'photo.png'
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(image).save(path)
+    predict(page, model, path)
+    page.locator('#opacity').fill('1')
+    run_here(SEGMENT, model, path, tmp_path / 'out.png')
+    expected = np.array(Image.open(tmp_path / 'out.png')).astype(int)
+    assert np.abs(canvas(page)[..., 0] - expected).max() <= 1
 
 
 def onnx_metadata(path):

@@ -12,7 +12,8 @@ import torch
 from helpers import TINY, run, tool
 from mmengine.config import Config
 
-from overlock_mm import Predictor
+from overlock_mm import OverLoCK, Predictor, fold
+from overlock_mm.apis import benchmark
 from overlock_mm.apis.export import export, formats, graphs, verification
 from overlock_mm.errors import UserError
 
@@ -335,7 +336,6 @@ def test_values_that_are_not_finite_or_of_other_shapes():
 
 def test_the_smallest_side():
     predictor_sides = {'b': 193, 't': 193}
-    from overlock_mm import OverLoCK, fold
 
     for arch, side in predictor_sides.items():
         with torch.device('meta'):
@@ -353,3 +353,89 @@ def test_the_command(models, tmp_path):
     assert 'outputs labels' in said and out.exists()
     said = run(command, tmp_path, status=2).stderr
     assert 'exists; give another name, or --force' in said and 'Traceback' not in said
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_benchmarks_of_a_runtime(runtime, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, 'our_model', lambda options: fold(OverLoCK(TINY)))
+    few = dict(rounds=2, warmup=0, threads=1, device='cpu')
+    options = benchmark.RuntimeOptions(**few, runtime=runtime, size=SIZE)
+    result = benchmark.run_benchmark(options)
+    names = [side['name'] for side in result['sides']]
+    assert names[0] == f'ours: {runtime}, 64x96' and names[1].startswith('theirs: PyTorch')
+    assert len(result['ratios']) == 2 and result['memory_ratio'] is None
+    assert 'nodes, exported in' in capsys.readouterr().out
+    assert 'times' in benchmark.table(result)
+
+
+def test_benchmarks_of_files(dynamic):
+    few = dict(rounds=2, warmup=0, threads=1, device='cpu')
+    options = benchmark.FileOptions(
+        **few, file=dynamic, against=str(dynamic), size=SIZES[0]
+    )
+    result = benchmark.run_benchmark(options)
+    assert [len(side['seconds']) for side in result['sides']] == [2, 2]
+    assert result['sides'][0]['name'].startswith('ours: any.onnx, ')
+    with pytest.raises(UserError, match=r'no\.onnx must be an exported file'):
+        benchmark.run_benchmark(benchmark.FileOptions(**few, file='no.onnx'))
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(dtype='bfloat16'), 'it computes in float32; use --runtime openvino'),
+        (dict(against='self:64'), '--against self:64 is for backbone and train-step'),
+    ],
+)
+def test_benchmarks_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        benchmark.run_benchmark(benchmark.RuntimeOptions(device='cpu', **options))
+
+
+def test_detectors_have_other_options(models, tmp_path):
+    arguments = *models['detector'], tmp_path / 'model.onnx'
+    for options, message in (
+        (dict(logits=True), '--logits is for segmentors'),
+        (dict(dynamic='all'), '--dynamic all: the file of a detector takes one image'),
+        (dict(half=True), '--half is for segmentors and backbones'),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(*arguments, **options)
+
+
+def test_a_detector(models, tmp_path):
+    """The file is compared with PyTorch; here are its outputs."""
+    out = tmp_path / 'model.onnx'
+    said = export(*models['detector'], out, shape=SIZE, with_preprocess=True)
+    assert 'outputs boxes, scores, labels, masks' in said
+    pixels = np.random.default_rng(0).uniform(0, 255, (1, 3, *SIZE)).astype(np.float32)
+    outputs = onnxruntime.InferenceSession(out).run(None, {'image': pixels})
+    shapes = [output.shape for output in outputs]
+    n = shapes[0][0]
+    assert n > 0 and shapes == [(n, 4), (n,), (n,), (n, 28, 28)]
+
+
+def test_objects_are_compared_with_the_most_similar_ones():
+    boxes = torch.rand(100, 4) * 50
+    objects = [boxes, torch.rand(100), torch.arange(100) % 3, torch.rand(100, 4, 4)]
+    compare = verification.compare_objects
+
+    def found(change=None):
+        order = np.random.default_rng(0).permutation(100)
+        arrays = [values.numpy()[order].copy() for values in objects]
+        if change:
+            change(arrays)
+        return arrays
+
+    assert compare(objects, found()) == 0
+    changes = dict(
+        moved=lambda arrays: arrays[0].__iadd__(1),
+        scores=lambda arrays: arrays[1].__isub__(0.1),
+        labels=lambda arrays: arrays[2].__setitem__(slice(None), 7),
+        masks=lambda arrays: arrays[3].__isub__(0.5),
+    )
+    for change in changes.values():
+        assert compare(objects, found(change)) > 0.01
+    assert compare(objects, [array[:50] for array in found()]) > 0.01
+    assert compare(objects, [np.concatenate((a, a)) for a in found()]) == np.inf
+    assert compare(objects, found(lambda arrays: arrays[0][:1].__iadd__(1))) == 0
