@@ -192,7 +192,8 @@ def _graphs(predictor: Predictor, backbone_only: bool, logits: bool):
         graph = graphs.Segmentor(predictor.model, logits)
         reference = graphs.Segmentor(predictor.model, logits=True)
         return graph, reference, compare_values if logits else compare_labels(graph)
-    graph = Detector(predictor.model)
+    divisor = getattr(predictor.model.data_preprocessor, 'pad_size_divisor', 1)
+    graph = Detector(predictor.model, divisor)
     return graph, graph, compare_objects
 
 

@@ -21,8 +21,8 @@ class Detector(nn.Module):
     """A trained two-stage detector whose predictions can be exported.
 
     It predicts what the model's ``predict`` does with ``rescale=False``, with the model's
-    test config. The image is one image as the network takes it, normalised, and all of it
-    is image: boxes are clipped to it, padding included.
+    test config. The image is one image as the network takes it, normalised and not padded;
+    boxes are clipped to it.
 
     Supported are Faster R-CNN, Mask R-CNN and Cascade (Mask) R-CNN of MMDetection: the
     heads ``RPNHead``, ``StandardRoIHead`` and ``CascadeRoIHead`` with any ``BBoxHead``
@@ -31,6 +31,8 @@ class Detector(nn.Module):
 
     Args:
         model: the detector, in evaluation mode.
+        divisor: the image is padded with zeros, at the right and below, until its sides
+            are multiples of this.
 
     Attributes:
         outputs (tuple[str, ...]): names of the outputs.
@@ -40,10 +42,11 @@ class Detector(nn.Module):
             else, such as Soft-NMS.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, divisor: int = 1):
         super().__init__()
         _check(model)
         self.model = model
+        self.divisor = divisor
         self.outputs = ('boxes', 'scores', 'labels')
         self.outputs += ('masks',) * model.roi_head.with_mask
 
@@ -62,6 +65,12 @@ class Detector(nn.Module):
             ``score_thr`` of the test config, from 0 to its ``max_per_img``.
         """
         size = image.shape[2:]
+        if self.divisor > 1:
+            below, right = (
+                (side + self.divisor - 1) // self.divisor * self.divisor - side
+                for side in size
+            )
+            image = F.pad(image, (0, right, 0, below))
         maps = self.model.extract_feat(image)
         boxes, is_box = self._propose(maps, size)
         boxes, scores, labels = self._detect(maps, boxes, is_box, size)

@@ -34,7 +34,19 @@ def capture(
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     _share_tables(program.graph)
+    _drop_asserts(program.graph)
     return program
+
+
+def _drop_asserts(graph: torch.fx.Graph) -> None:
+    """Drop what torch asserts of sizes inside, which may be true of the example alone.
+
+    The sizes of the input are still checked. ONNX has no asserts.
+    """
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _share_tables(graph: torch.fx.Graph) -> None:

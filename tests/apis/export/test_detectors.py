@@ -96,9 +96,9 @@ def _spread(layer, spread):
 
 
 @torch.no_grad()
-def predict(model, images):
-    """What MMDetection predicts."""
-    size = tuple(images.shape[2:])
+def predict(model, images, size=None):
+    """What MMDetection predicts; ``size`` is that of the image without its padding."""
+    size = size or tuple(images.shape[2:])
     meta = dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
     [sample] = model.predict(images, [DetDataSample(metainfo=meta)], rescale=False)
     return sample.pred_instances
@@ -191,6 +191,20 @@ def test_onnx_of_one_size(tmp_path):
     file = tmp_path / 'detector.onnx'
     write_onnx(capture(detector, images), file, detector.outputs, 18)
     assert len(check(model, images, session(file)(images))) > 30
+
+
+def test_the_image_is_padded_as_in_mmdetection():
+    model, images = make(MASK), image(1, 3, 97, 130)
+    padded = torch.nn.functional.pad(images, (0, 30, 0, 31))
+    expected = predict(model, padded, (97, 130))
+    with torch.no_grad():
+        boxes, scores, labels, _ = Detector(model, divisor=32)(images)
+        other = Detector(model)(images)[1]
+    torch.testing.assert_close(boxes, expected.bboxes, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scores, expected.scores, rtol=1e-5, atol=1e-6)
+    assert (labels == expected.labels).all() and len(labels) > 5
+    assert boxes[:, 2].max() <= 130 and boxes[:, 3].max() <= 97
+    assert other.shape != scores.shape or (other - scores).abs().max() > 1e-4
 
 
 def test_onnx_that_finds_one_or_none(tmp_path):
