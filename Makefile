@@ -38,10 +38,11 @@ test-openmmlab:
 		--ignore=tests/models/test_compile.py --ignore=tests/ops \
 		--ignore=tests/apis/export --ignore=tests/examples
 
-# overlock serve in a real browser.
+# overlock serve, and an exported model, in a real browser.
 test-browser: setup
 	@command -v chromium > /dev/null || { echo "Chromium is not installed; run: apt-get install chromium"; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/apis/test_serve_browser.py
+	@command -v npm > /dev/null || { echo "npm is not installed; it comes with Node.js"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/apis/test_serve_browser.py tests/examples
 
 # The documentation as a site in site/; a broken link is an error.
 docs: setup

@@ -67,7 +67,12 @@ setup(
             'ftfy',
             'regex',
         ],
-        'export': ['onnx>=1.19', 'onnxscript>=0.5', 'onnxruntime>=1.20', 'openvino>=2025.0'],
+        'export': [
+            'onnx>=1.19',
+            'onnxscript>=0.5',
+            'onnxruntime>=1.20',
+            'openvino>=2025.0',
+        ],
         'serve': ['nicegui>=3.0'],
         'visualize': ['grad-cam>=1.5'],
         'demo': ['imgviz>=2.0', 'scikit-image>=0.22', 'pycocotools', 'opencv-python'],

@@ -18,8 +18,8 @@ factor = max(factor, (info['smallest_side'] or 0) / min(image.size))
 if info['shape']:
     factor = min(np.divide(info['shape'], image.size[::-1]))
 size = [int(side * factor + 0.5) for side in image.size]
-height, width = info['shape'] or (side + -side % 32 for side in size[::-1])
-padded = Image.new('RGB', (width, height), (124, 116, 104))  # as MMDetection does
+height, width = info['shape'] or size[::-1]
+padded = Image.new('RGB', (width, height), (124, 116, 104))  # if the file has one size
 padded.paste(image.transform(size, Image.EXTENT, (0, 0, *image.size), Image.BILINEAR))
 pixels = np.float32(padded)[..., :: -1 if info['channels'] == 'bgr' else 1]
 pixels = (pixels - np.float32(info['mean'])) / np.float32(info['std'])

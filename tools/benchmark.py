@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
         'with results per pixel; or a model of timm, as features_only makes it'
     )
     model, metavar = checked(benchmark.check_model), 'reference|self:SIZE|MODEL'
-    add('--against', type=model, default='reference', metavar=metavar, help=about)
+    add('--against', type=model, metavar=metavar, help=about)
 
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
@@ -131,7 +131,6 @@ def parse_args() -> argparse.Namespace:
     add(
         '--batch', type=count, default=defaults.batch, help='images in a step (%(default)s)'
     )
-    commands.choices[benchmark.RuntimeOptions.command].set_defaults(against='torch')
 
     add, defaults = command(benchmark.FileOptions, common)
     add('--file', required=True, metavar='FILE', help='an exported file, .onnx or .xml')
@@ -162,7 +161,8 @@ def main() -> None:
     args = parse_args()
     check_outputs(args)
     names = [field.name for field in dataclasses.fields(args.options)]
-    options = args.options(**{k: v for k, v in vars(args).items() if k in names})
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    options = args.options(**given)
     result = benchmark.run_benchmark(options)
     print(f'{result["what"]}\n{benchmark.table(result)}')
     if args.json:

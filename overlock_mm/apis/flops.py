@@ -253,7 +253,7 @@ def default_shape(cfg, network: nn.Module, toolbox: str) -> tuple[int, int]:
 
 def default_scale(cfg) -> tuple[int, int] | None:
     """The scale of the test pipeline: longest side, longest short side. None: no scale."""
-    for pipeline in (cfg.get('test_pipeline'), cfg.get('test_dataloader')):
+    for pipeline in (cfg.get('test_dataloader'), cfg.get('test_pipeline')):
         for scale in _scales(pipeline):
             return max(scale), min(scale)
     return None

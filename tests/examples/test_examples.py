@@ -481,7 +481,8 @@ def predict(page, model, image):
 def test_the_page(page, run_here, model, fixed_model, photo, tmp_path, kind):
     """It shows and lists what onnx_segmentation.py writes and prints."""
     path, options = tmp_path / 'photo.png', {}
-    image = Image.fromarray(photo(*((450, 300) if kind == 'resized' else NATIVE)))
+    sizes = {'resized': (450, 300), 'one size': (250, 500)}
+    image = Image.fromarray(photo(*sizes.get(kind, NATIVE)))
     if kind == 'turned':
         path, options = tmp_path / 'photo.jpg', dict(exif=Image.Exif(), quality=95)
         options['exif'][0x0112] = 6
@@ -491,6 +492,7 @@ def test_the_page(page, run_here, model, fixed_model, photo, tmp_path, kind):
     if kind == 'one size':
         model = fixed_model
     predict(page, model, path)
+    assert page.workers  # the model does not block the page
     printed = run_here(SEGMENT, model, path, tmp_path / 'out.png')
     labels = Image.open(tmp_path / 'out.png')
     colors = np.asarray(labels.convert('RGB')).astype(int)
@@ -555,4 +557,5 @@ def test_the_page_says_what_is_wrong(page, model, photo, tmp_path):
     page.get_by_text(re.compile('^Predicted in')).wait_for()
     page.set_input_files('#image', tmp_path / 'notes.txt')
     page.get_by_text('notes.txt is not an image').wait_for()
+    assert page.locator('main').is_hidden()
     predict(page, model, tmp_path / 'photo.png')  # the same file again
