@@ -48,10 +48,11 @@ def contmix(
         rpbs: relative position bias of each kernel, ``(G, 2k-1, 2k-1)``.
         kernel_sizes: odd kernel sizes, none larger than H or W.
         backend: ``'torch'`` (banded matrix products, any device), ``'triton'``
-            (fused kernels for CUDA), ``'reference'`` (the plain definition, slow)
-            or ``'auto'``: the one of ``set_contmix_backend``, else the one of the
-            environment variable ``OVERLOCK_MM_CONTMIX``, else ``'triton'`` where it
-            can run, else ``'torch'``.
+            (fused kernels for CUDA), ``'export'`` (operators that every runtime has),
+            ``'reference'`` (the plain definition, slow) or ``'auto'``: the one of
+            ``set_contmix_backend``, else the one of the environment variable
+            ``OVERLOCK_MM_CONTMIX``, else ``'export'`` while the model is exported or
+            traced, else ``'triton'`` where it can run, else ``'torch'``.
 
     Returns:
         The mixed values, ``(N, C, H, W)``, in the dtype of ``value``.

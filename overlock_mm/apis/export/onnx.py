@@ -7,7 +7,7 @@ import onnx_ir.passes.common as passes
 import torch
 from onnxscript.optimizer import fold_constants
 
-from .program import capture, quiet  # noqa: F401
+from .program import quiet
 
 # Values of a constant that is computed while exporting, and not again in every run.
 _CONSTANT = 1 << 19
@@ -57,6 +57,7 @@ def _simplify(model) -> None:
         should_fold=_should_fold,
     )
     _merge_constants(model)
+    _merge_reshapes(model)
     for simplify in (
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
@@ -70,6 +71,18 @@ def _simplify(model) -> None:
 def _merge_constants(model) -> None:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass()(model)
+
+
+def _merge_reshapes(model) -> None:
+    """Let a reshape of a reshape start from the first input."""
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type == 'Reshape' else None
+        if before is None or before.op_type != 'Reshape':
+            continue
+        shape = node.inputs[1].const_value
+        literal = node.attributes.get_int('allowzero', 0) == 1
+        if literal or (shape is not None and (shape.numpy() != 0).all()):
+            node.replace_input_with(0, before.inputs[0])
 
 
 def _should_fold(node) -> bool | None:

@@ -95,6 +95,14 @@ def test_tables_are_shared_by_the_blocks(dynamic):
     assert nodes.count('Range') <= 12
 
 
+def test_no_reshape_of_a_reshape(dynamic):
+    nodes = onnx.load(dynamic).graph.node
+    made_by = {output: node.op_type for node in nodes for output in node.output}
+    reshapes = [node for node in nodes if node.op_type == 'Reshape']
+    assert len(reshapes) > 50
+    assert not [n.input[0] for n in reshapes if made_by.get(n.input[0]) == 'Reshape']
+
+
 def onnx_metadata(path):
     return onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
 
