@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..archs import DILATED_BRANCHES
 from ..ops.depthwise import DepthwiseConv2d
+from ..ops.flops import is_counted_trace
 from ..ops.modes import differentiable_gradients, is_exporting, needs_plain_ops
 from ..ops.reparam import batch_norm_affine, branch_names, sum_branches
 
@@ -68,7 +69,7 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
         size = self.output_size
         rows, columns = (size, size) if isinstance(size, int) else size
-        if not is_exporting() or (rows, columns) == (1, 1):
+        if not is_exporting() or is_counted_trace() or (rows, columns) == (1, 1):
             return super().forward(x)
         height, width = x.shape[-2:]
         rows = _means(height if rows is None else rows, height, x)

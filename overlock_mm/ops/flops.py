@@ -98,7 +98,7 @@ def counted_contmix(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     if is_compiling():
         return run
     if needs_plain_ops():  # autograd functions cannot be used
-        counted = _is_counted_trace() or counters()
+        counted = is_counted_trace() or counters()
         return contmix_reference.contmix if counted else run
     return partial(_counted_contmix, run) if counters() else run
 
@@ -155,7 +155,7 @@ class _Counted(torch.autograd.Function):
 
 def uncounted() -> AbstractContextManager:
     """Return a context in which no counter sees what is run."""
-    if is_compiling() or not (counters() or _is_counted_trace()):
+    if is_compiling() or not (counters() or is_counted_trace()):
         return nullcontext()
     return _hidden()
 
@@ -184,7 +184,7 @@ def _flops(multiply_adds: int, **output) -> int:
     return 2 * multiply_adds
 
 
-def _is_counted_trace() -> bool:
+def is_counted_trace() -> bool:
     """Whether fvcore or mmengine trace a model to count its operations."""
     if not torch.jit.is_tracing() or not _TRACING_COUNTERS & sys.modules.keys():
         return False
