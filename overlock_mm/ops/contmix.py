@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import contmix_export, contmix_reference, contmix_torch
 from .flops import counted_contmix
-from .modes import is_exporting, without_autocast
+from .modes import leaves_python, without_autocast
 
 BACKENDS = ('auto', 'torch', 'triton', 'export', 'reference')
 _VARIABLE = 'OVERLOCK_MM_CONTMIX'
@@ -96,7 +96,7 @@ def _backend(name, arguments):
     if name in ('auto', 'triton'):
         reason = _why_not_triton(name, arguments)
         if name == 'auto':
-            name = 'export' if is_exporting() else 'torch' if reason else 'triton'
+            name = 'export' if leaves_python() else 'torch' if reason else 'triton'
         elif reason:
             raise RuntimeError(
                 f"ContMix's backend 'triton' ({source}) cannot run: {reason}; "

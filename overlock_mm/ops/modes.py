@@ -53,6 +53,14 @@ def is_exporting() -> bool:
     return torch.jit.is_tracing() or (is_compiling() if flag is None else flag)
 
 
+def leaves_python() -> bool:
+    """Return whether it is certain that the program is for use outside of this process.
+
+    Unlike :func:`is_exporting` it is never true for ``torch.compile``.
+    """
+    return torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False)
+
+
 def needs_plain_ops() -> bool:
     """Return whether only PyTorch's own differentiable functions may be called.
 

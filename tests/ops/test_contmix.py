@@ -8,7 +8,7 @@ import torch
 from helpers import compiled
 from torch import nn
 
-from overlock_mm.ops import contmix, contmix_torch, set_contmix_backend
+from overlock_mm.ops import contmix, contmix_torch, modes, set_contmix_backend
 
 # (N, G, c, L, channels of a head and kernel, H, W, kernel sizes)
 CASES = {
@@ -297,6 +297,13 @@ def test_compiled_training_keeps_the_inputs_alone():
     ):
         run(*tensors)
     assert sum(sizes) < n * g * h * w * kernels[0] ** 2
+
+
+def test_compiling_is_not_exporting(monkeypatch):
+    """Also with a torch that does not tell them apart, before 2.7."""
+    monkeypatch.delattr(torch.compiler, '_is_exporting_flag')
+    monkeypatch.setattr(modes, 'is_compiling', lambda: True)
+    assert modes.is_exporting() and not modes.leaves_python()
 
 
 def dynamic(*dims):
