@@ -13,13 +13,13 @@ info = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map
 if 'boxes' not in info.get('outputs', ()):
     sys.exit(f'{model_path} has the outputs {info.get("outputs")}, not boxes')
 image = ImageOps.exif_transpose(Image.open(image_path)).convert('RGB')
-factor = min(np.divide(sorted(info['scale'] or image.size), sorted(image.size)))
-factor = max(factor, (info['smallest_side'] or 0) / min(image.size))
-if info['shape']:
-    factor = min(np.divide(info['shape'], image.size[::-1]))
-size = [int(side * factor + 0.5) for side in image.size]
-height, width = info['shape'] or size[::-1]
-padded = Image.new('RGB', (width, height), (124, 116, 104))  # if the file has one size
+size = info['shape'][::-1] if info['shape'] else info['scale'] or image.size
+if info['keep_ratio']:
+    order = list if info['shape'] else sorted
+    size = np.multiply(image.size, min(np.divide(order(size), order(image.size))))
+size = np.multiply(size, max(1, (info['smallest_side'] or 0) / min(size)))
+size = np.int64(size + 0.5).tolist()
+padded = Image.new('RGB', (info['shape'] or size[::-1])[::-1], (124, 116, 104))
 padded.paste(image.transform(size, Image.EXTENT, (0, 0, *image.size), Image.BILINEAR))
 pixels = np.float32(padded)[..., :: -1 if info['channels'] == 'bgr' else 1]
 pixels = (pixels - np.float32(info['mean'])) / np.float32(info['std'])

@@ -20,16 +20,17 @@ if image.mode.startswith(('I', 'F')):
     sys.exit(f'{image_path} has more than 8 bits per channel; save it with 8')
 image = image.convert('RGB')
 
-factor = min(np.divide(sorted(info['scale'] or image.size), sorted(image.size)))
-factor = max(factor, (info['smallest_side'] or 0) / min(image.size))
-height, width = info['shape'] or (int(s * factor + 0.5) for s in image.size[::-1])
-# bilinear as in OpenCV; Image.resize would smooth the image
-whole = (0, 0, *image.size)
+size = info['scale'] or image.size
+if info['keep_ratio']:
+    size = np.multiply(image.size, min(np.divide(sorted(size), sorted(image.size))))
+size = np.multiply(size, max(1, (info['smallest_side'] or 0) / min(size)))
+size = np.ceil(np.floor(size + 0.5) / info['size_divisor']) * info['size_divisor']
+height, width = info['shape'] or map(int, size[::-1])
+whole = (0, 0, *image.size)  # bilinear as in OpenCV; Image.resize would smooth the image
 resized = image.transform((width, height), Image.EXTENT, whole, Image.BILINEAR)
-order = [2, 1, 0] if info['channels'] == 'bgr' else [0, 1, 2]
-pixels = np.float32(resized)[..., order] - np.float32(info['mean'])
-pixels = (pixels / np.float32(info['std'])).transpose(2, 0, 1)
-(labels,) = session.run(None, {'image': pixels[None]})
+pixels = np.float32(resized)[..., :: -1 if info['channels'] == 'bgr' else 1]
+pixels = (pixels - np.float32(info['mean'])) / np.float32(info['std'])
+(labels,) = session.run(None, {'image': pixels.transpose(2, 0, 1)[None]})
 
 label_map = Image.fromarray(labels[0]).resize(image.size, Image.NEAREST)
 label_map.putpalette(np.uint8(info['palette']).tobytes())

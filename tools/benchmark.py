@@ -19,6 +19,8 @@ os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 with installed():
     from overlock_mm.apis import benchmark
+    from overlock_mm.apis.benchmark import options as inputs
+    from overlock_mm.apis.benchmark import report
     from overlock_mm.archs import ARCHS
     from overlock_mm.cli import common as cli
     from overlock_mm.errors import UserError
@@ -43,7 +45,7 @@ def checked(function, **kwargs):
 
 
 def positive(text: str) -> int:
-    return benchmark.parse_numbers(text, (1,), '11, and at least 1')[0]
+    return inputs.parse_numbers(text, (1,), '11, and at least 1')[0]
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 
     models = Parser(add_help=False)
     add, defaults = models.add_argument, benchmark.ModelOptions()
-    size = checked(benchmark.parse_size)
+    size = checked(inputs.parse_size)
     layouts = ('channels_last', 'contiguous', 'best')
     add('--arch', choices=ARCHS, default=defaults.arch, help='(%(default)s)')
     add('--size', type=size, default='512', help='H or HxW of images (%(default)s)')
@@ -82,7 +84,7 @@ def parse_args() -> argparse.Namespace:
         'torch: PyTorch, of runtime (its default); self:SIZE: our side at another size, '
         'with results per pixel; or a model of timm, as features_only makes it'
     )
-    model, metavar = checked(benchmark.check_model), 'reference|self:SIZE|MODEL'
+    model, metavar = checked(inputs.check_model), 'reference|self:SIZE|MODEL'
     add('--against', type=model, metavar=metavar, help=about)
 
     parser = Parser(description=__doc__)
@@ -99,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     dtypes = ['float32', 'bfloat16', 'float16']
     add, defaults = command(benchmark.OpOptions, common)
     add('--dtype', choices=[*dtypes, 'float64'], default='float32')
-    shape = checked(benchmark.parse_numbers, counts=(4,), example='1x256x50x84')
+    shape = checked(inputs.parse_numbers, counts=(4,), example='1x256x50x84')
     add('--shape', type=shape, default='1x256x50x84', help='of values (%(default)s)')
     about = 'of each kernel (%(default)s)'
     add('--heads', type=count, default=defaults.heads, help=about)
@@ -125,9 +127,12 @@ def parse_args() -> argparse.Namespace:
     add('--drop-path', type=float, default=defaults.drop_path, help=about)
 
     add, defaults = command(benchmark.RuntimeOptions, common, models)
-    add('--runtime', choices=['onnxruntime', 'openvino'], default=defaults.runtime)
+    runtimes = ['onnxruntime', 'openvino', 'compile', 'aotinductor']
+    add('--runtime', choices=runtimes, default=defaults.runtime, help='(%(default)s)')
     add('--dtype', choices=dtypes[:2], default='float32', help='bfloat16: OpenVINO alone')
-    add('--dynamic', action='store_true', help='export for images of any size')
+    add('--dynamic', action='store_true', help='for images of any size')
+    about = 'measure the segmentor of this config in place of the backbone'
+    add('--config', help=about)
     add(
         '--batch', type=count, default=defaults.batch, help='images in a step (%(default)s)'
     )
@@ -164,12 +169,12 @@ def main() -> None:
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     options = args.options(**given)
     result = benchmark.run_benchmark(options)
-    print(f'{result["what"]}\n{benchmark.table(result)}')
+    print(f'{result["what"]}\n{report.table(result)}')
     if args.json:
         result = {'command': ' '.join(args.command_line), **result}
         Path(args.json).write_text(json.dumps(result, indent=1) + '\n')
     if args.plot:
-        benchmark.plot(result, args.plot)
+        report.plot(result, args.plot)
 
 
 if __name__ == '__main__':

@@ -48,11 +48,16 @@ async function predict() {
 // The size in which the model sees the image, as in onnx_segmentation.py.
 function inputSize() {
   if (info.shape) return info.shape;
-  const sides = [bitmap.height, bitmap.width];
-  const [long, short] = [Math.max(...sides), Math.min(...sides)];
-  const [longest, shortest] = info.scale ?? [long, short];
-  const factor = Math.max(Math.min(longest / long, shortest / short), info.smallest_side / short);
-  return sides.map((side) => Math.floor(side * factor + 0.5));
+  let [width, height] = info.scale ?? [bitmap.width, bitmap.height];
+  if (info.keep_ratio) {
+    const [long, short] = [bitmap.width, bitmap.height].sort((a, b) => b - a);
+    const factor = Math.min(Math.max(width, height) / long, Math.min(width, height) / short);
+    [width, height] = [bitmap.width * factor, bitmap.height * factor];
+  }
+  const factor = Math.max(1, info.smallest_side / Math.min(width, height));
+  const multiple = info.size_divisor;
+  return [height, width].map(
+    (side) => Math.ceil(Math.floor(side * factor + 0.5) / multiple) * multiple);
 }
 
 // The image in the size of the model, normalised: all of a channel, then the next one.

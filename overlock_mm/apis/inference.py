@@ -69,6 +69,7 @@ class Predictor:
         classes (tuple[str, ...]): names of the classes.
         palette (list[tuple[int, int, int]]): their colours in RGB.
         device (torch.device): where the model is.
+        steps (list): the transforms of the test pipeline after the loading of the image.
 
     Raises:
         UserError: if the config or an argument cannot be used.
@@ -113,7 +114,7 @@ class Predictor:
         self.model.cfg = self.cfg  # as the toolboxes' own functions expect it
         self.model.to(self.device).eval()
         self._fold(fold)
-        self._loading, self._steps = self._pipeline()
+        self._loading, self.steps = self._pipeline()
 
     def __call__(self, images, batch_size: int = 1):
         """Predict one image or several.
@@ -234,7 +235,7 @@ class Predictor:
 
     def _packed(self, data: dict) -> dict:
         data = dict(data)
-        for step in self._steps:
+        for step in self.steps:
             try:
                 data = step(data)
             except KeyError as error:

@@ -19,6 +19,7 @@ from overlock_mm.apis.benchmark import (
     BackboneOptions,
     OpOptions,
     TrainStepOptions,
+    report,
     run_benchmark,
 )
 from overlock_mm.errors import UserError
@@ -46,7 +47,7 @@ def measured(options):
     text = json.dumps(result)
     # nothing tells whose machine it is
     assert not any(s in text for s in (str(ROOT), os.uname().nodename + '"'))
-    result, lines = json.loads(text), benchmark.table(result).splitlines()
+    result, lines = json.loads(text), report.table(result).splitlines()
     check_arithmetic(result)
     check_table(lines, result)
     return result, lines
@@ -109,7 +110,7 @@ def test_op(tmp_path):
     assert result['hardware']['cpu'] and result['hardware']['threads'] == 1
     assert result['options']['command'] == 'op'
     assert result['options']['shape'] == [1, 64, 40, 40]
-    benchmark.plot(result, tmp_path / 'out.png')
+    report.plot(result, tmp_path / 'out.png')
     with Image.open(tmp_path / 'out.png') as image:
         image.load()
         assert image.size > (500, 300)
@@ -172,7 +173,9 @@ def test_step(options, dtypes):
     """Precision, batch, and whether it trains."""
     model = Layer()
     before = model.weight.clone()
-    step = benchmark._model_step(options, lambda _: model, None, (32, 48), 'contiguous')
+    step = benchmark.models.model_step(
+        options, lambda _: model, None, (32, 48), 'contiguous'
+    )
     step()
     train = options.command == 'train-step'
     assert model.seen == [(*dtypes, (options.batch, 3, 32, 48), train)]
@@ -193,9 +196,9 @@ def test_peak_memory_is_that_of_one_step():
     def step():
         held[:] = [fresh(size)]  # what stays afterwards counts as what is freed
 
-    assert benchmark._peak_on_cpu(step) == pytest.approx(size, rel=0.1)
+    assert benchmark.measuring.peak_on_cpu(step) == pytest.approx(size, rel=0.1)
     # a peak of before is forgotten
-    assert benchmark._peak_on_cpu(lambda: fresh(size // 4)) < size / 2
+    assert benchmark.measuring.peak_on_cpu(lambda: fresh(size // 4)) < size / 2
 
 
 def test_options_of_the_child_process(monkeypatch):
@@ -203,7 +206,7 @@ def test_options_of_the_child_process(monkeypatch):
     found = []
 
     def measure_here(command, **kwargs):
-        monkeypatch.setattr(benchmark, '_peak_on_cpu', lambda step: 5)
+        monkeypatch.setattr(benchmark, 'peak_on_cpu', lambda step: 5)
         monkeypatch.setattr(benchmark, 'prepare', found.append)
         monkeypatch.setattr('sys.stdin', io.StringIO(kwargs['input']))
         stdout = io.StringIO()
@@ -216,7 +219,10 @@ def test_options_of_the_child_process(monkeypatch):
         **TRAIN_STEP, layout='contiguous', against='self:64', with_cp=(1,)
     )
     options, _, sides = benchmark.compare(options)
-    assert [benchmark._memory_of_child(options, side) for side in (0, 1)] == [5, 5]
+    assert [benchmark.measuring._memory_of_child(options, side) for side in (0, 1)] == [
+        5,
+        5,
+    ]
     assert [side.name for side in found] == [side.name for side in sides]
     assert 'with_cp 1' in found[0].name
 
@@ -226,9 +232,9 @@ def test_forms_compute_the_same(form):
     options = BackboneOptions(**{**BACKBONE, 'form': form})
     images = torch.rand(1, 3, 64, 64)
     torch.manual_seed(0)
-    ours = benchmark.our_model(options).eval()
+    ours = benchmark.models.our_model(options).eval()
     torch.manual_seed(0)
-    theirs = benchmark.plain_model(options).eval()
+    theirs = benchmark.models.plain_model(options).eval()
     parameters = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     assert (parameters[0] == parameters[1]) == (form == 'train')
     with torch.no_grad():
@@ -256,8 +262,8 @@ def test_op_options(monkeypatch, more, against):
         calls.append((query.dtype, query.requires_grad, tuple(query.shape), backend))
         return contmix(query, *others, backend=backend)
 
-    contmix = benchmark.contmix
-    monkeypatch.setattr(benchmark, 'contmix', spy)
+    contmix = benchmark.models.contmix
+    monkeypatch.setattr(benchmark.models, 'contmix', spy)
     _, sides = benchmark.compare_op(OpOptions(**OP, against=against, **more))
     for side in sides:
         side.build()()

@@ -146,18 +146,38 @@ def test_a_narrow_image_is_enlarged(run_program, model, photo, tmp_path):
     assert Image.open(tmp_path / 'out.png').size == (320, 50)
 
 
+@pytest.mark.parametrize(
+    'resizing, inner',
+    [
+        (dict(keep_ratio=False, scale=[200, 320]), (320, 200)),
+        (dict(size_divisor=32), (320, 192)),
+        (dict(size_divisor=32, keep_ratio=False, scale=[200, 300]), (320, 224)),
+        (dict(scale=None, size_divisor=64), (384, 256)),
+    ],
+)
+def test_other_ways_to_resize(run_program, tmp_path, resizing, inner):
+    """The labels of this model are the pixels that it sees."""
+    image = np.random.default_rng(0).integers(0, 256, (350, 200, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / 'photo.png')
+    model = edited(red_model(tmp_path / 'm.onnx'), tmp_path / 'model.onnx', **resizing)
+    run_program(SEGMENT, model, tmp_path / 'photo.png', tmp_path / 'out.png')
+    expected = Image.fromarray(cv2.resize(image[..., 0], inner[::-1]))
+    expected = np.array(expected.resize((200, 350), Image.NEAREST)).astype(int)
+    assert np.abs(np.asarray(Image.open(tmp_path / 'out.png')) - expected).max() <= 1
+
+
 def test_without_a_scale_images_stay_as_they_are(
     run_program, model, predictor, photo, tmp_path
 ):
     Image.fromarray(photo(200, 280)).save(tmp_path / 'photo.png')
     other = edited(model, tmp_path / 'other.onnx', scale=None)
     run_program(SEGMENT, other, tmp_path / 'photo.png', tmp_path / 'out.png')
-    steps = predictor._steps
+    steps = predictor.steps
     try:
-        predictor._steps = [s for s in steps if type(s).__name__ != 'Resize']
+        predictor.steps = [s for s in steps if type(s).__name__ != 'Resize']
         expected = labels_of(predictor(tmp_path / 'photo.png'))
     finally:
-        predictor._steps = steps
+        predictor.steps = steps
     assert agreement(np.asarray(Image.open(tmp_path / 'out.png')), expected) >= 0.999
 
 
@@ -221,7 +241,7 @@ def save_model(path, nodes, constants, outputs, shape=None, **metadata):
     opset = [helper.make_opsetid('', 20)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=10)
     usual = dict(outputs=list(outputs), channels='rgb', shape=shape, scale=[320, 240])
-    usual |= dict(smallest_side=None if shape else 129)
+    usual |= dict(smallest_side=None if shape else 129, keep_ratio=True, size_divisor=1)
     for key, value in (usual | metadata).items():
         model.metadata_props.add(key=key, value=json.dumps(value))
     onnx.save(model, path)
@@ -343,6 +363,14 @@ def test_low_scores_and_no_masks(run_program, tmp_path):
         else:
             assert (picture[30:75, 20:140] == image[30:75, 20:140]).all()
             assert (picture[80, 10:150] == PALETTE[0]).all()
+
+
+def test_boxes_if_proportions_change(run_program, tmp_path):
+    Image.fromarray(noise(512, 320)).save(tmp_path / 'photo.png')
+    model = detector(tmp_path / 'model.onnx', scale=[320, 256], keep_ratio=False)
+    printed = run_program(DETECT, model, tmp_path / 'photo.png', tmp_path / 'out.png')
+    expected = BOXES[0] * [1, 2, 1, 2]
+    np.testing.assert_allclose(objects_in(printed)['cat'][1], expected, atol=1)
 
 
 def test_a_small_image_is_enlarged_for_the_detector(run_program, tmp_path):

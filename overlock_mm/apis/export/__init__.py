@@ -1,6 +1,5 @@
 """Writing trained models as files that run without this package."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,14 +10,14 @@ from torch import nn
 from ...errors import UserError
 from ...models import OverLoCK, fold
 from ...models.folded import prepare_for_export
-from ...version import __version__
 from ..files import check_output
-from ..flops import default_scale, default_shape
+from ..flops import default_shape
 from ..inference import Predictor
 from ..messages import say
 from . import graphs
 from .detectors import Detector
 from .formats import Format, Job, format_of, load_onnx
+from .metadata import describe
 from .program import Dims
 from .quantization import CalibrationImages, check_int8, quantize, verify_int8
 from .verification import (
@@ -122,7 +121,7 @@ def export(
     values = (0.0, 255.0) if with_preprocess else (-2.0, 2.0)
     cases = list(_cases(reference, shape, dims, smallest, values)) if verify else []
     _simplify(model, config, format)
-    metadata = _metadata(predictor, graph, with_preprocess, dims, shape, smallest)
+    metadata = describe(predictor, graph, with_preprocess, dims, shape, smallest)
     if half:
         graph = graphs.Half(graph)
     # of two tiles of columns at least, see contmix_export
@@ -263,29 +262,6 @@ def _written(chosen: Format, job: Job, path: Path, config: str) -> int | None:
             'was written. --backbone-only exports the backbone alone, --debug shows where '
             'the error comes from'
         ) from error
-
-
-def _metadata(predictor, graph, with_preprocess, dims, shape, smallest) -> dict[str, str]:
-    """What a program needs to know to use the file: values as JSON."""
-    preprocessor = predictor.model.data_preprocessor
-    mean, std = graphs.mean_and_std(preprocessor)
-    order = graphs.channel_order(preprocessor)
-    if with_preprocess:
-        mean, std, order = [0.0] * 3, [1.0] * 3, 'rgb'
-    values = dict(
-        task='segmentation' if predictor.toolbox == 'mmseg' else 'detection',
-        classes=predictor.classes,
-        palette=predictor.palette,
-        outputs=graph.outputs,
-        mean=mean,
-        std=std,
-        channels=order,
-        shape=None if 2 in dims else shape,
-        smallest_side=smallest if 2 in dims else None,
-        scale=default_scale(predictor.cfg),
-        overlock_mm=__version__,
-    )
-    return {key: json.dumps(value) for key, value in values.items()}
 
 
 def _summary(out, graph, dims, shape, smallest, nodes, cases, error) -> str:

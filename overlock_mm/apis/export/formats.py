@@ -98,7 +98,7 @@ def load_openvino(path: Path, threads: int = 0, precision: str = 'f32') -> Run:
 
 
 def _write_pt2(job: Job, path: Path) -> None:
-    program = capture(job.graph, job.image, job.dims)
+    program = capture(job.graph, job.image, job.dims, for_torch=True)
     extra = {'metadata.json': json.dumps(dict(job.metadata))}
     with quiet():
         torch.export.save(program, path, extra_files=extra)

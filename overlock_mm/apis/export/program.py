@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ...ops import set_contmix_backend
+
 # Dims of an image that may change: the name, the smallest and the largest size of each.
 Dims = Mapping[int, tuple[str, int, int]]
 
 
 def capture(
-    model: nn.Module, image: Tensor, dims: Dims | None = None
+    model: nn.Module, image: Tensor, dims: Dims | None = None, for_torch: bool = False
 ) -> torch.export.ExportedProgram:
     """The program of a model, for images of one size or of many.
 
@@ -22,10 +24,26 @@ def capture(
         model: takes one tensor, in evaluation mode.
         image: an example of it.
         dims: dims of the image that may change.
+        for_torch: whether PyTorch will run or compile it. ContMix is written with torch's
+            own views then, if no height and width may change: AOTInductor does not get
+            done with the tables of indices that the others need.
     """
+    backend = 'torch' if for_torch and 2 not in (dims or {}) else None
     dims = {d: torch.export.Dim(n, min=a, max=b) for d, (n, a, b) in (dims or {}).items()}
+    before = set_contmix_backend(backend) if backend else None
+    try:
+        program = _exported(model, image, dims)
+    finally:
+        if backend:
+            set_contmix_backend(before)
+    _share_tables(program.graph)
+    _drop_asserts(program.graph)
+    return program
+
+
+def _exported(model, image, dims) -> torch.export.ExportedProgram:
     with torch.no_grad(), quiet():
-        program = torch.export.export(
+        return torch.export.export(
             model,
             (image,),
             dynamic_shapes=(dims,) if dims else None,
@@ -33,9 +51,6 @@ def capture(
             # its reasoning cannot prove all divisions of sizes that come out even
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    _share_tables(program.graph)
-    _drop_asserts(program.graph)
-    return program
 
 
 def _drop_asserts(graph: torch.fx.Graph) -> None:

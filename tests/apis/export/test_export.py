@@ -10,11 +10,14 @@ import openvino
 import pytest
 import torch
 from helpers import TINY, run, tool
+from mmcv.transforms import Resize
 from mmengine.config import Config
 
 from overlock_mm import OverLoCK, Predictor, fold
 from overlock_mm.apis import benchmark
-from overlock_mm.apis.export import export, formats, graphs, verification
+from overlock_mm.apis.benchmark import report, runtimes
+from overlock_mm.apis.export import export, formats, graphs, metadata, verification
+from overlock_mm.config.load import load_config
 from overlock_mm.errors import UserError
 
 SIZE = (64, 96)
@@ -273,6 +276,35 @@ def test_a_missing_package(models, tmp_path, monkeypatch):
         export(*models['segmentor'], tmp_path / 'model.onnx')
 
 
+@pytest.mark.parametrize(
+    'steps, expected',
+    [
+        ([], dict(scale=None, keep_ratio=True, size_divisor=1)),
+        ([dict(type='Resize', scale=(96, 64))], dict(scale=[96, 64], keep_ratio=False)),
+        (
+            [
+                dict(type=Resize, scale=(64, 96), keep_ratio=True),
+                dict(type='mmseg.ResizeToMultiple'),
+            ],
+            dict(scale=[64, 96], keep_ratio=True, size_divisor=32),
+        ),
+        ([dict(type='Resize', scale=64), dict(type='RGB2Gray')], dict(scale=[64, 64])),
+        ([dict(type='Resize', scale_factor=0.5)], dict(scale=None)),
+    ],
+)
+def test_how_programs_resize(steps, expected, models, capsys):
+    config, checkpoint = models['segmentor']
+    cfg = load_config(config)
+    steps = [dict(type='LoadImageFromFile'), *steps, dict(type='PackSegInputs')]
+    cfg.test_dataloader.dataset.pipeline = steps
+    predictor = Predictor(cfg, checkpoint, 'cpu', fold=False)
+    capsys.readouterr()
+    found = metadata._resizing(predictor)
+    assert {key: found[key] for key in expected} == expected
+    unknown = 'RGB2Gray' in str(steps) or 'scale_factor' in str(steps)
+    assert ('of the test pipeline: a program that' in capsys.readouterr().out) == unknown
+
+
 def test_another_backbone(models, tmp_path):
     config = tmp_path / 'resnet.py'
     config.write_text(f"""
@@ -365,15 +397,44 @@ def test_the_command(models, tmp_path):
 
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_benchmarks_of_a_runtime(runtime, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, 'our_model', lambda options: fold(OverLoCK(TINY)))
+    monkeypatch.setattr(runtimes, 'our_model', lambda options: fold(OverLoCK(TINY)))
     few = dict(rounds=2, warmup=0, threads=1, device='cpu')
     options = benchmark.RuntimeOptions(**few, runtime=runtime, size=SIZE)
     result = benchmark.run_benchmark(options)
     names = [side['name'] for side in result['sides']]
     assert names[0] == f'ours: {runtime}, 64x96' and names[1].startswith('theirs: PyTorch')
     assert len(result['ratios']) == 2 and result['memory_ratio'] is None
-    assert 'nodes, exported in' in capsys.readouterr().out
-    assert 'times' in benchmark.table(result)
+    assert ' nodes, ready in' in capsys.readouterr().out
+    assert 'times' in report.table(result)
+
+
+def test_benchmarks_of_a_compiled_segmentor(models, monkeypatch):
+    compiled = []
+
+    def compile(model, dynamic):
+        compiled.append(dynamic)
+        return model
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    few = dict(rounds=2, warmup=0, threads=1, device='cpu', against_layout='contiguous')
+    kinds = dict(runtime='compile', size=SIZE, config=models['segmentor'][0])
+    options = benchmark.RuntimeOptions(**few, **kinds, dynamic=True)
+    ours, theirs = benchmark.run_benchmark(options)['sides']
+    assert compiled == [True] and ours['name'] == 'ours: compile, for any size, 64x96'
+    assert ours['ready_seconds'] > 0 and theirs['name'] == 'theirs: PyTorch, contiguous'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('runtime', ['compile', 'aotinductor'])
+def test_what_is_compiled_gives_the_same(runtime):
+    model = graphs.Backbone(fold(OverLoCK(TINY).eval()))
+    options = benchmark.RuntimeOptions(runtime=runtime, device='cpu')
+    image = torch.rand(1, 3, *SIZE)
+    with torch.no_grad():
+        expected = model(image)
+    step, _ = runtimes._compiled(options, model, image, False)
+    for a, b in zip(step(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_benchmarks_of_files(dynamic):
@@ -391,7 +452,11 @@ def test_benchmarks_of_files(dynamic):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(dtype='bfloat16'), 'it computes in float32; use --runtime openvino'),
+        (dict(dtype='bfloat16'), 'it is measured in float32; use --runtime openvino'),
+        (dict(runtime='compile', dtype='bfloat16'), '--runtime compile with --dtype'),
+        (dict(runtime='aotinductor', dynamic=True), 'compiles for one size'),
+        (dict(compile=True), 'use --runtime compile'),
+        (dict(config='a.py', against='resnet18'), 'leave --against out'),
         (dict(against='self:64'), '--against self:64 is for backbone and train-step'),
     ],
 )
