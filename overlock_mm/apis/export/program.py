@@ -1,6 +1,7 @@
 """The program of a model, as torch.export captures it."""
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -9,10 +10,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ...errors import UserError
 from ...ops import set_contmix_backend
 
 # Dims of an image that may change: the name, the smallest and the largest size of each.
 Dims = Mapping[int, tuple[str, int, int]]
+_DEFERRED = 'prefer_deferred_runtime_asserts_over_guards'
 
 
 def capture(
@@ -27,7 +30,15 @@ def capture(
         for_torch: whether PyTorch will run or compile it. ContMix is written with torch's
             own views then, if no height and width may change: AOTInductor does not get
             done with the tables of indices that the others need.
+
+    Raises:
+        UserError: if torch is too old.
     """
+    if _DEFERRED not in inspect.signature(torch.export.export).parameters:
+        raise UserError(
+            f'torch {torch.__version__} is too old to export this; torch 2.11 works. '
+            '--format torchscript does not need it'
+        )
     backend = 'torch' if for_torch and 2 not in (dims or {}) else None
     dims = {d: torch.export.Dim(n, min=a, max=b) for d, (n, a, b) in (dims or {}).items()}
     before = set_contmix_backend(backend) if backend else None
@@ -49,7 +60,7 @@ def _exported(model, image, dims) -> torch.export.ExportedProgram:
             dynamic_shapes=(dims,) if dims else None,
             strict=False,
             # its reasoning cannot prove all divisions of sizes that come out even
-            prefer_deferred_runtime_asserts_over_guards=True,
+            **{_DEFERRED: True},
         )
 
 

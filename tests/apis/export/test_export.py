@@ -276,6 +276,13 @@ def test_a_missing_package(models, tmp_path, monkeypatch):
         export(*models['segmentor'], tmp_path / 'model.onnx')
 
 
+def test_an_older_torch(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.export, 'export', lambda model, args, strict: None)
+    with pytest.raises(UserError, match=r'is too old to export this; torch 2\.11 works'):
+        export(*models['segmentor'], tmp_path / 'model.onnx', shape=SIZE)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     'steps, expected',
     [
