@@ -9,6 +9,7 @@ from ..openmmlab import MODELS
 from ..ops.depthwise import DepthwiseConv2d
 from .contmix import ContMix
 from .layers import (
+    ConvMlp,
     DilatedReparamBlock,
     GlobalResponseNorm,
     LayerScale,
@@ -47,36 +48,19 @@ class RepConvBlock(nn.Module):
         deploy: bool = False,
     ):
         super().__init__()
-        hidden = mlp_ratio * dim
         self.dwconv = ResDWConv(dim)
-        self.proj = nn.Sequential(
+        mixing = [
             LayerNorm2d(dim),
             DilatedReparamBlock(dim, kernel_size, deploy),
             nn.BatchNorm2d(dim),
             SqueezeExcite(dim),
-            nn.Conv2d(dim, hidden, 1),
-            nn.GELU(),
-            ResDWConv(hidden),
-            GlobalResponseNorm(hidden),
-            nn.Conv2d(hidden, dim, 1),
-            DropPath(drop_path),
-        )
+        ]
+        self.proj = ConvMlp(dim, mlp_ratio * dim, mixing, [DropPath(drop_path)])
         self.ls = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x)
         return self.ls(x) + self.proj(x)
-
-
-def _mlp(dim: int, hidden: int) -> nn.Sequential:
-    """MLP over the channels, with a depth-wise convolution and GRN between its layers."""
-    return nn.Sequential(
-        nn.Conv2d(dim, hidden, 1),
-        nn.GELU(),
-        ResDWConv(hidden),
-        GlobalResponseNorm(hidden),
-        nn.Conv2d(hidden, dim, 1),
-    )
 
 
 class DynamicConvBlock(ContMix):
@@ -140,7 +124,7 @@ class DynamicConvBlock(ContMix):
 
         self.dwconv2 = ResDWConv(joint)
         self.norm2 = LayerNorm2d(joint)
-        self.mlp = _mlp(joint, hidden)
+        self.mlp = ConvMlp(joint, hidden)
         self.ls1 = LayerScale(joint)
         self.ls2 = LayerScale(joint)
         self.drop_path = DropPath(drop_path)
@@ -239,7 +223,7 @@ class ContMixBlock(ContMix):
         self.proj = nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, dim, 1))
         self.dwconv2 = ResDWConv(dim)
         self.norm2 = LayerNorm2d(dim)
-        self.mlp = _mlp(dim, hidden)
+        self.mlp = ConvMlp(dim, hidden)
         self.ls1, self.ls2 = (
             nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
             for _ in range(2)

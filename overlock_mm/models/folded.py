@@ -12,6 +12,7 @@ from .blocks import ContMixBlock, DynamicConvBlock, RepConvBlock
 from .contmix import ContMix
 from .layers import (
     AdaptiveAvgPool2d,
+    ConvMlp,
     DilatedReparamBlock,
     GlobalResponseNorm,
     LayerScale,
@@ -244,7 +245,7 @@ class _Shortcut(nn.Module):
 class _FoldedRepConvBlock(nn.Module):
     def __init__(self, block: RepConvBlock):
         super().__init__()
-        norm, large, bn, se, *mlp, drop_path = mergeable(block.proj, nn.Sequential)
+        norm, large, bn, se, *mlp, drop_path = mergeable(block.proj, ConvMlp)
         mergeable(drop_path, DropPath, nn.Identity)  # nothing to do at inference
         self.dwconv = _conv(mergeable(block.dwconv, ResDWConv))
         self.norm = norm
@@ -286,7 +287,7 @@ class _FoldedDynamicConvBlock(nn.Module):
         )
         self.shortcut = _Shortcut(block.ls1)
         self.dwconv2, self.norm2 = _conv(mergeable(block.dwconv2, ResDWConv)), block.norm2
-        self.mlp = _FoldedMlp(list(mergeable(block.mlp, nn.Sequential)), block.ls2)
+        self.mlp = _FoldedMlp(list(mergeable(block.mlp, ConvMlp)), block.ls2)
         mergeable(block.drop_path, DropPath, nn.Identity)  # nothing to do at inference
 
     def forward(self, x, context, initial_context):
@@ -347,9 +348,7 @@ class _FoldedContMixBlock(nn.Module):
         )
         self.shortcut = _Shortcut(scaled1)
         self.dwconv2, self.norm2 = _conv(mergeable(block.dwconv2, ResDWConv)), block.norm2
-        self.mlp = _FoldedMlp(
-            list(mergeable(block.mlp, nn.Sequential)), scaled2, after=after2
-        )
+        self.mlp = _FoldedMlp(list(mergeable(block.mlp, ConvMlp)), scaled2, after=after2)
         mergeable(block.drop_path, DropPath, nn.Identity)  # nothing to do at inference
 
     def forward(self, x: Tensor) -> Tensor:

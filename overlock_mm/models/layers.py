@@ -1,6 +1,6 @@
 """Layers that the blocks share; attribute names are the released state-dict names."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..archs import DILATED_BRANCHES
+from ..ops.conv_mlp import conv_mlp
 from ..ops.depthwise import DepthwiseConv2d
-from ..ops.flops import is_counted_trace
-from ..ops.modes import differentiable_gradients, is_exporting, needs_plain_ops
+from ..ops.flops import counters, is_counted_trace
+from ..ops.grn import channel_norms, global_response_norm, relative_norms
+from ..ops.modes import is_exporting, needs_plain_ops
 from ..ops.reparam import batch_norm_affine, branch_names, sum_branches
+from .recompute import without_input
 
 
 class ResDWConv(DepthwiseConv2d):
@@ -101,77 +104,79 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = _grn if needs_plain_ops() else _GlobalResponseNorm.apply
-        return norm(x, self.gamma, self.beta, self.eps)
+        return global_response_norm(x, self.gamma, self.beta, self.eps)
 
     def scale(self, x: Tensor) -> Tensor:
         """Factor of ``x``, ``(N, C, 1, 1)``, in float32 at least."""
-        ratio, _ = _relative_norms(channel_norms(x), self.eps)
+        ratio, _ = relative_norms(channel_norms(x), self.eps)
         return self.gamma * ratio + 1
 
 
-def _grn(x, gamma, beta, eps):
-    """GRN in differentiable operations."""
-    ratio, _ = _relative_norms(channel_norms(x), eps)
-    scale = gamma * ratio + 1
-    return addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+class ConvMlp(nn.Sequential):
+    """MLP over the channels, with a depth-wise convolution and GRN between its layers.
 
+    While gradients are computed, :func:`overlock_mm.ops.conv_mlp.conv_mlp` does what the
+    five layers of the MLP do, with less memory. If one of them was replaced by a layer of
+    another type or has hooks, the layers are called one by one.
 
-class _GlobalResponseNorm(torch.autograd.Function):
-    """One pass over the map for the output and two for the gradient; keeps the input."""
+    Args:
+        dim: channels C of the input and the output.
+        hidden: channels between.
+        before: layers in front of the MLP.
+        after: layers behind it.
+    """
 
-    @staticmethod
-    def forward(ctx, x, gamma, beta, eps):
-        norms = channel_norms(x)
-        ratio, mean = _relative_norms(norms, eps)
-        scale = gamma * ratio + 1
-        ctx.save_for_backward(x, gamma, beta, scale, norms, mean)
-        ctx.eps = eps
-        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gamma, beta, scale, norms, mean = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            norm = partial(_grn, eps=ctx.eps)
-            return *differentiable_gradients(norm, (x, gamma, beta), grad), None
-        grad_scale = (grad * x).sum((2, 3), keepdim=True, dtype=norms.dtype)
-        grad_ratio = grad_scale * gamma
-        grad_norms = grad_ratio / mean
-        grad_norms -= (grad_norms * norms / mean).mean(1, keepdim=True)
-        # the norm's gradient is x / norm, and zero for a channel of zeros
-        per_x = torch.where(norms > 0, grad_norms / norms, 0)
-        grad_x = (grad * scale.to(grad.dtype)).addcmul_(x, per_x.to(grad.dtype))
-        grad_gamma = (grad_scale * norms / mean).sum(0, keepdim=True)
-        grad_beta = grad.sum((0, 2, 3), dtype=norms.dtype).view_as(gamma)
-        return grad_x, grad_gamma.to(gamma.dtype), grad_beta.to(beta.dtype), None
-
-
-def _relative_norms(norms, eps):
-    mean = norms.mean(dim=1, keepdim=True) + eps
-    return norms / mean, mean
-
-
-def channel_norms(x: Tensor) -> Tensor:
-    """L2 norm of every channel over the map, ``(N, C, 1, 1)``, in float32 at least."""
-    # a trace is the same with gradients and, when torch checks it, without
-    differentiated = x.requires_grad and torch.is_grad_enabled() or torch.jit.is_tracing()
-    if (
-        x.device.type == 'cpu'
-        and x.dtype.itemsize >= 4
-        and x.numel()
-        and not (differentiated or needs_plain_ops())
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        before: Sequence[nn.Module] = (),
+        after: Sequence[nn.Module] = (),
     ):
-        # batch norm's statistics are torch's fastest sums over a map by far
-        stats = [torch.batch_norm_update_stats(i, None, None, 0.0) for i in x.split(1)]
-        means, variances = (torch.stack(s) for s in zip(*stats, strict=True))
-        return ((variances + means.square()) * x[0, 0].numel()).sqrt()[:, :, None, None]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if not differentiated:
-        return torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
-    # a root, unlike the norm, can be kept from dividing by zero in a second derivative
-    squares = x.to(dtype).square().sum((2, 3), keepdim=True)
-    return torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+        super().__init__(
+            *before,
+            nn.Conv2d(dim, hidden, 1),
+            nn.GELU(),
+            ResDWConv(hidden),
+            GlobalResponseNorm(hidden),
+            nn.Conv2d(hidden, dim, 1),
+            *after,
+        )
+        self.first = len(before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        mlp = layers[self.first : self.first + 5]
+        if not torch.is_grad_enabled() or needs_plain_ops() or not _is_plain_mlp(mlp):
+            return super().forward(x)
+        for layer in layers[: self.first]:
+            x = layer(x)
+        conv1, gelu, depthwise, grn, conv2 = mlp
+        x = conv_mlp(
+            x,
+            conv1.weight,
+            conv1.bias,
+            depthwise.weight,
+            depthwise.bias,
+            grn.gamma,
+            grn.beta,
+            conv2.weight,
+            conv2.bias,
+            grn.eps,
+            gelu.approximate,
+        )
+        for layer in layers[self.first + 5 :]:
+            x = layer(x)
+        return x
+
+
+def _is_plain_mlp(layers):
+    types = nn.Conv2d, nn.GELU, ResDWConv, GlobalResponseNorm, nn.Conv2d
+    if len(layers) != len(types) or counters():
+        return False
+    plain = all(is_plain(*pair) for pair in zip(layers, types, strict=True))
+    convs = layers[::4]
+    return plain and all(c.kernel_size == (1, 1) and c.bias is not None for c in convs)
 
 
 class DilatedReparamBlock(nn.Module):
@@ -210,16 +215,16 @@ class DilatedReparamBlock(nn.Module):
             self.add_module(f'dil_bn_k{k}_{r}', nn.BatchNorm2d(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.lk_origin(x)
         if self.deploy:
-            return out
-        out = self.origin_bn(out)
+            return self.lk_origin(x)
+        branches = [(self.lk_origin, self.origin_bn)]
         for k, r in self.branches:
-            conv, bn = (
-                getattr(self, f'dil_conv_k{k}_{r}'),
-                getattr(self, f'dil_bn_k{k}_{r}'),
-            )
-            out = out + bn(conv(x))
+            names = f'dil_conv_k{k}_{r}', f'dil_bn_k{k}_{r}'
+            branches.append(tuple(getattr(self, name) for name in names))
+        lean, out = _can_make_again(conv for conv, _ in branches), None
+        for conv, bn in branches:
+            branch = without_input(conv, bn, x) if lean else bn(conv(x))
+            out = branch if out is None else out + branch
         return out
 
     @torch.no_grad()
@@ -254,6 +259,12 @@ class DilatedReparamBlock(nn.Module):
             delattr(self, bn)
         self.lk_origin = merged
         self.branches, self.deploy = (), True
+
+
+def _can_make_again(layers):
+    if not torch.is_grad_enabled() or needs_plain_ops() or counters():
+        return False
+    return all(is_plain(layer, DepthwiseConv2d) for layer in layers)
 
 
 class UnmergeableError(TypeError):

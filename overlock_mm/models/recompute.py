@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.modes import is_compiling
+from ..ops.modes import autocast_dtype, is_compiling
 
 
 def checkpointed(function: Callable, module: nn.Module, *inputs):
@@ -52,3 +54,52 @@ class _StatisticsKept:
     def __exit__(self, *error):
         for norm, buffers in zip(self.norms, self.kept, strict=True):
             norm._buffers.update(buffers)
+
+
+def without_input(layer: nn.Module, after: nn.Module, x: Tensor) -> Tensor:
+    """``after(layer(x))``, where ``after`` does not keep its input for the backward pass.
+
+    The backward pass makes it again of ``x``, which is kept once, for all layers that take
+    it. Results are the same, also of second derivatives and under checkpointing.
+
+    Args:
+        layer: what makes its output of its parameters and ``x`` alone, without hooks.
+        after: what takes it.
+        x: the map.
+    """
+    kept = _Kept.apply(x)
+    made = layer(kept)
+    node, place = kept.grad_fn, _place(made)
+    device, dtype = x.device.type, autocast_dtype(x.device.type)
+
+    def make_again():
+        # the node gives x as it was saved: checkpointing may have made it again
+        saved = kept if node is None else node.saved_tensors[0]
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype is not None):
+            return layer(saved)
+
+    def pack(tensor):
+        return make_again if _place(tensor) == place else tensor
+
+    def unpack(packed):
+        return packed() if packed is make_again else packed
+
+    with saved_tensors_hooks(pack, unpack):
+        return after(made)
+
+
+def _place(x):
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
+class _Kept(torch.autograd.Function):
+    """The identity, with a node that keeps its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.detach()  # a view of a single image may have strides that oneDNN avoids
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
