@@ -549,10 +549,19 @@ def test_the_page(page, run_here, model, fixed_model, photo, tmp_path, kind):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize('size', [(608, 704), (128, 96)])
-def test_the_resize_of_the_page(page, run_here, tmp_path, size):
+@pytest.mark.parametrize(
+    'size, resizing',
+    [
+        ((608, 704), {}),
+        ((128, 96), {}),
+        ((288, 240), dict(keep_ratio=False, scale=[180, 324])),
+        ((512, 256), dict(size_divisor=32, scale=[200, 500])),
+    ],
+)
+def test_the_resize_of_the_page(page, run_here, tmp_path, size, resizing):
     """Of sizes where no new pixel is in the middle between two old ones."""
-    model, path = red_model(tmp_path / 'model.onnx'), tmp_path / 'photo.png'
+    model, path = red_model(tmp_path / 'red.onnx'), tmp_path / 'photo.png'
+    model = edited(model, tmp_path / 'model.onnx', **resizing)
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     Image.fromarray(image).save(path)
     predict(page, model, path)
