@@ -67,6 +67,7 @@ def infer(
     fold: bool | None = None,
     tile: int | None = None,
     overlap: int | None = None,
+    dtype: str | None = None,
     save: Sequence[str] | None = None,
     cfg_options: dict | None = None,
     trust: bool = False,
@@ -90,6 +91,7 @@ def infer(
         fold: see :class:`Predictor`.
         tile: see :class:`Predictor`.
         overlap: see :class:`Predictor`.
+        dtype: see :class:`Predictor`.
         save: some of 'pictures', 'png', 'json' and 'coco', see ``KINDS``. By default
             pictures and label maps of a segmentor, pictures and coco of a detector.
         cfg_options: values to override, by key.
@@ -119,6 +121,7 @@ def infer(
         fold,
         tile=tile,
         overlap=overlap,
+        dtype=dtype,
         cfg_options=cfg_options,
         trust=trust,
     )

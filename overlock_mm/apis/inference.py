@@ -26,8 +26,9 @@ from ..config.load import build_model, load_config, toolbox_of
 from ..datasets import ChannelsLast
 from ..datasets.survey.classes import make_palette
 from ..errors import CheckpointError, UserError
+from ..hooks.precision import autocast
 from ..models import OverLoCK, fold
-from .devices import usable_device
+from .devices import usable_device, usable_dtype
 from .drawing import draw_objects, draw_regions, to_rgb
 from .files import check_file
 from .messages import say
@@ -59,6 +60,8 @@ class Predictor:
             test pipeline is left out.
         overlap: pixels that neighbouring tiles share, at most half a tile. Defaults to an
             eighth of ``tile``.
+        dtype: 'bfloat16' or 'float16' for half precision in backbone, neck and the heads
+            of segmentors. Defaults to 'float32'.
         cfg_options: values to override, by key.
         trust: read a checkpoint that holds more than plain data, which can run code.
 
@@ -90,6 +93,7 @@ class Predictor:
         *,
         tile: int | None = None,
         overlap: int | None = None,
+        dtype: str | None = None,
         cfg_options: dict | None = None,
         trust: bool = False,
     ):
@@ -100,6 +104,7 @@ class Predictor:
             self.cfg.merge_from_dict(cfg_options or {})
         self.toolbox = toolbox_of(self.cfg)
         self.device = usable_device(device)
+        dtype = usable_dtype(dtype, self.device)
         self.tiling = None if tile is None else Tiling.of(tile, overlap)
         if tile is None and overlap is not None:
             raise UserError(f'overlap={overlap} is for tiles, and no tile size is given')
@@ -114,6 +119,8 @@ class Predictor:
         self.model.cfg = self.cfg  # as the toolboxes' own functions expect it
         self.model.to(self.device).eval()
         self._fold(fold)
+        if dtype:
+            autocast(self.model, dtype)
         self._loading, self.steps = self._pipeline()
 
     def __call__(self, images, batch_size: int = 1):

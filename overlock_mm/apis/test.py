@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from mmengine.device import get_device
 from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -15,8 +17,9 @@ from ..config.edit import evaluators, fit_workers, require_keys, without_pretrai
 from ..config.load import build_runner, load_run_config, toolbox_of
 from ..config.tta import use_tta
 from ..errors import UserError
-from ..hooks import FoldHook
+from ..hooks import AutocastHook, FoldHook
 from ..models import OverLoCK
+from .devices import usable_dtype
 from .files import check_file
 from .messages import say
 
@@ -35,6 +38,7 @@ def test(
     wait_time: float = 2.0,
     tta: bool = False,
     fold: bool = False,
+    dtype: str | None = None,
     skip_checks: bool = False,
     launcher: str = 'none',
 ) -> dict:
@@ -54,6 +58,8 @@ def test(
         tta: test-time augmentation: as the config's ``tta_model`` and ``tta_pipeline``
             say, else with the images as they are and flipped.
         fold: evaluate the inference-only form of the backbone (:func:`overlock_mm.fold`).
+        dtype: 'bfloat16' or 'float16' for half precision in backbone, neck and the heads
+            of segmentors. Defaults to 'float32'.
         skip_checks: do not check data, classes and annotations before the run.
         launcher: how distributed processes were started: 'none', 'pytorch', 'slurm' or
             'mpi'.
@@ -65,6 +71,7 @@ def test(
         UserError: if the config, the data or an argument cannot be used.
         CheckpointError: if the weights cannot be loaded, or do not fit.
     """
+    dtype = usable_dtype(dtype, torch.device(get_device()))
     cfg = load_run_config(config, cfg_options, work_dir, launcher)
     toolbox = toolbox_of(cfg)
     require_keys(cfg, 'model', 'test_dataloader')
@@ -91,6 +98,8 @@ def test(
         if not any(isinstance(module, OverLoCK) for module in runner.model.modules()):
             raise UserError(f'--fold: the model of {config} has no OverLoCK; leave it out')
         runner.register_hook(FoldHook())
+    if dtype:
+        runner.register_hook(AutocastHook(dtype))
     return runner.test()
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from mmengine.device import get_device
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -20,6 +21,8 @@ from ..config.edit import (
 )
 from ..config.load import build_runner, load_run_config
 from ..errors import CheckpointError, UserError
+from ..hooks import AutocastHook
+from .devices import usable_dtype
 from .files import check_file
 from .messages import say
 
@@ -45,7 +48,8 @@ def train(
         cfg_options: values to override, by key: ``{'train_dataloader.batch_size': 4}``.
         resume: True to go on from the latest checkpoint in the work dir, if there is one,
             or the path of a checkpoint.
-        amp: train in mixed precision.
+        amp: train in mixed precision: with mmengine's AmpOptimWrapper or, without a GPU,
+            with :class:`overlock_mm.hooks.AutocastHook`.
         auto_scale_lr: scale the learning rate with the number of GPUs and images.
         pretrained: load the pretrained weights that the config names. What a checkpoint
             brings anyway is not loaded twice.
@@ -65,7 +69,7 @@ def train(
     if amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    _check_amp(cfg, amp)
+    _autocast_on_cpu(cfg)
     if auto_scale_lr:
         if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
             raise UserError(
@@ -91,18 +95,23 @@ def train(
     return runner
 
 
-def _check_amp(cfg, given: bool) -> None:
-    """mmengine's mixed precision needs an accelerator."""
+def _autocast_on_cpu(cfg) -> None:
+    """Without a GPU, put AutocastHook in place of mmengine's mixed precision."""
     scope = cfg.get('default_scope')
-    if get_device() == 'cpu' and is_a(
-        cfg.optim_wrapper, AmpOptimWrapper, OPTIM_WRAPPERS, scope
-    ):
-        raise UserError(
-            '--amp needs a GPU, and torch sees none; leave it out'
-            if given
-            else "the config's AmpOptimWrapper needs a GPU, and torch sees none; use "
-            'OptimWrapper, without dtype and loss_scale'
-        )
+    wrapper = cfg.optim_wrapper
+    if get_device() != 'cpu' or not is_a(wrapper, AmpOptimWrapper, OPTIM_WRAPPERS, scope):
+        return
+    wrapper.type = 'OptimWrapper'
+    dtype, scale = wrapper.pop('dtype', None), wrapper.pop('loss_scale', None)
+    wrapper.pop('use_fsdp', None)
+    usual = dtype in (None, 'bfloat16', torch.bfloat16) and scale in (None, 'dynamic')
+    say(
+        'Mixed precision without a GPU: backbone, neck and the heads of segmentors are in '
+        'bfloat16, and losses are not scaled'
+        + ('' if usual else f' (dtype={dtype}, loss_scale={scale} are for a GPU)')
+    )
+    usable_dtype('bfloat16', torch.device('cpu'))
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type=AutocastHook.__name__)]
 
 
 def _find_checkpoint(cfg, resume: bool | str, pretrained: bool) -> str | None:

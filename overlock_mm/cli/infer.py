@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="use the backbone's form for inference (default: where it can be folded)",
     )
+    common.add_dtype_option(parser)
     parser.add_argument(
         '--trust', action='store_true', help='read the checkpoint even if it can run code'
     )

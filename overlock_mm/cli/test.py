@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate the backbone's inference-only form (overlock_mm.fold): the same "
         'predictions up to rounding, faster',
     )
+    common.add_dtype_option(parser)
     common.add_run_arguments(parser)
 
 

@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='PATH',
         help='go on from PATH or, without it, from the latest checkpoint in the work dir',
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision; bfloat16 without a GPU'
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',

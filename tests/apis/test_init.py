@@ -239,8 +239,6 @@ def test_the_options(tmp_path, monkeypatch):
     assert (wrapper.type, wrapper.dtype) == ('AmpOptimWrapper', 'bfloat16')
     assert wrapper.accumulative_counts == 8 and wrapper.optimizer.lr == pytest.approx(6e-5)
     assert cfg.model.backbone.with_cp is True and cfg.train_dataloader.batch_size == 2
-    with pytest.raises(UserError, match='AmpOptimWrapper needs a GPU, and torch sees none'):
-        train(first)
     monkeypatch.setattr('os.cpu_count', lambda: None)
     init('segmentation', 'images', **again, batch=8)
     cfg = load_config(first)
