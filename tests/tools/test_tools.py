@@ -161,11 +161,12 @@ def test_options_of_test(monkeypatch):
         wait_time=2.0,
         tta=False,
         fold=False,
+        dtype='float32',
         skip_checks=False,
         launcher='none',
     )
     assert options_of('test', monkeypatch, 'c.py', 'w.pth') == defaults
-    args = '--work-dir w --out o --show-dir s --show --wait-time 0.5 --tta --fold'
+    args = '--work-dir w --out o --show-dir s --show --wait-time 0.5 --tta --fold --dtype bfloat16'
     args += ' --skip-checks --launcher mpi --cfg-options a=1'
     assert options_of('test', monkeypatch, 'c.py', 'w.pth', *args.split()) == dict(
         config='c.py',
@@ -178,6 +179,7 @@ def test_options_of_test(monkeypatch):
         wait_time=0.5,
         tta=True,
         fold=True,
+        dtype='bfloat16',
         skip_checks=True,
         launcher='mpi',
     )
