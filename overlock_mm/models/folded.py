@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.depthwise import DepthwiseConv2d
 from ..ops.modes import is_exporting, needs_plain_ops
+from ..ops.pointwise import PointwiseConv2d, pointwise_conv2d
 from .blocks import ContMixBlock, DynamicConvBlock, RepConvBlock
 from .contmix import ContMix
 from .layers import (
@@ -160,10 +161,15 @@ def _folded_children(
 
 def _fold_sequence(sequence: nn.Sequential) -> nn.Sequential:
     """Merge each batch norm or layer scale into the convolution right before it."""
-    layers = []
+    layers, convs = [], (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
     for layer in sequence:
-        follows_conv = layers and is_plain(layers[-1], nn.Conv2d, DepthwiseConv2d)
-        if follows_conv and isinstance(layer, _BatchNorm | LayerScale):
+        if is_plain(layer, nn.Conv2d):
+            layers.append(_conv(layer))
+        elif (
+            layers
+            and is_plain(layers[-1], *convs)
+            and isinstance(layer, _BatchNorm | LayerScale)
+        ):
             layers[-1] = _conv(layers[-1], after=layer)
         else:
             layers.append(layer)
@@ -207,7 +213,7 @@ class _FoldedMlp(nn.Module):
         super().__init__()
         expand, gelu, dwconv, norm, reduce = layers
         self.approximate = mergeable(gelu, nn.GELU).approximate
-        self.expand = mergeable(expand, nn.Conv2d)
+        self.expand = _conv(mergeable(expand, nn.Conv2d))
         self.dwconv = _conv(mergeable(dwconv, ResDWConv))
         self.norm = mergeable(norm, GlobalResponseNorm)
         self.reduce = _conv(
@@ -387,7 +393,9 @@ def _conv(
         bias = bias + weight.flatten(1) @ offset.to(weight.dtype)
         weight = weight * (scale if isinstance(scale, int) else scale.view(-1, 1, 1))
     with torch.device('meta'):  # no memory, and no random weights
-        if conv.groups == 1:
+        if conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1):
+            merged = PointwiseConv2d(conv.in_channels, conv.out_channels)
+        elif conv.groups == 1:
             sizes = conv.in_channels, conv.out_channels, conv.kernel_size
             merged = nn.Conv2d(*sizes, conv.stride, conv.padding)
         else:
@@ -401,7 +409,7 @@ def _widened(conv: nn.Conv2d, before: int, after: int) -> nn.Conv2d:
     """A 1x1 convolution that ignores channels before and after those it had."""
     with torch.device('meta'):
         channels = before + conv.in_channels + after
-        wide = nn.Conv2d(channels, conv.out_channels, 1)
+        wide = PointwiseConv2d(channels, conv.out_channels)
     wide.weight = _constant(F.pad(conv.weight, (0, 0, 0, 0, before, after)))
     wide.bias = conv.bias
     return wide.eval()
@@ -436,5 +444,5 @@ def _pointwise(x: Tensor, conv: nn.Conv2d, scale: Tensor | None) -> Tensor:
         # The map is larger than the weights: scale the weights. A program for other
         # sizes must not depend on that.
         weight = conv.weight * scale.to(conv.weight.dtype).view(-1, 1, 1)
-        return F.conv2d(x, weight, conv.bias)
+        return pointwise_conv2d(x, weight, conv.bias)
     return conv(x.mul_(scale.to(x.dtype)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .grn import channel_norms, plain_grn, relative_norms, scale_gradients
 from .modes import autocast_dtype, differentiable_gradients, without_autocast
+from .pointwise import pointwise_conv2d
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
@@ -68,7 +69,7 @@ def _plain(x, w1, b1, wd, bd, gamma, beta, w2, b2, eps, approximate):
 class _ConvMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, wd, bd, gamma, beta, w2, b2, eps, approximate):
-        hidden = F.conv2d(x, w1, b1)
+        hidden = pointwise_conv2d(x, w1, b1)
         mixed = _mixed(F.gelu(hidden, approximate=approximate), wd, bd)
         norms = channel_norms(mixed)
         ratio, mean = relative_norms(norms, eps)
@@ -79,9 +80,9 @@ class _ConvMlp(torch.autograd.Function):
         ctx.eps, ctx.approximate = eps, approximate
         if len(x) == 1:  # scale the weight, not the map
             shift = F.conv2d(beta.to(w2.dtype), w2, b2).flatten()
-            return F.conv2d(mixed, w2 * scale.to(w2.dtype), shift)
+            return pointwise_conv2d(mixed, w2 * scale.to(w2.dtype), shift)
         scale, beta = scale.to(mixed.dtype), beta.to(mixed.dtype)
-        return F.conv2d(torch.addcmul(beta, mixed, scale, out=mixed), w2, b2)
+        return pointwise_conv2d(torch.addcmul(beta, mixed, scale, out=mixed), w2, b2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -107,9 +108,9 @@ class _ConvMlp(torch.autograd.Function):
         grad_gamma, per_mixed = scale_gradients(grad_scale, gamma, norms, mean)
         scale, per_mixed = scale.to(grad.dtype), per_mixed.to(grad.dtype)
         if len(x) == 1:
-            grad = F.conv2d(grad, (w2 * scale.to(w2.dtype)).transpose(0, 1))
+            grad = pointwise_conv2d(grad, (w2 * scale.to(w2.dtype)).transpose(0, 1))
         else:
-            grad = F.conv2d(grad, w2.transpose(0, 1)).mul_(scale)
+            grad = pointwise_conv2d(grad, w2.transpose(0, 1)).mul_(scale)
         grad.addcmul_(mixed, per_mixed)
         del mixed
 

@@ -104,12 +104,12 @@ def _worthwhile(x, weight, dilation) -> bool:
     if not x.numel() or (k < 5 and dilation == 1):
         return False
     if x.device.type == 'cpu':
-        return _onednn_takes(x) and (torch.is_grad_enabled() or _too_sparse(k, dilation))
+        return onednn_takes(x) and (torch.is_grad_enabled() or _too_sparse(k, dilation))
     return x.device.type == 'cuda' and not torch.are_deterministic_algorithms_enabled()
 
 
-def _onednn_takes(x) -> bool:
-    """Return whether oneDNN has fast depth-wise kernels: on x86 with AVX."""
+def onednn_takes(x) -> bool:
+    """Return whether oneDNN has fast kernels for ``x``: on x86 with AVX."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled

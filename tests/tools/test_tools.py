@@ -166,8 +166,8 @@ def test_options_of_test(monkeypatch):
         launcher='none',
     )
     assert options_of('test', monkeypatch, 'c.py', 'w.pth') == defaults
-    args = '--work-dir w --out o --show-dir s --show --wait-time 0.5 --tta --fold --dtype bfloat16'
-    args += ' --skip-checks --launcher mpi --cfg-options a=1'
+    args = '--work-dir w --out o --show-dir s --show --wait-time 0.5 --tta --fold'
+    args += ' --dtype bfloat16 --skip-checks --launcher mpi --cfg-options a=1'
     assert options_of('test', monkeypatch, 'c.py', 'w.pth', *args.split()) == dict(
         config='c.py',
         checkpoint='w.pth',
