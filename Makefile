@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # On a shared machine OpenMP's threads lose whole time slices spinning at barriers.
-export GOMP_SPINCOUNT ?= 20000
+export GOMP_SPINCOUNT ?= 1000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: setup demo demo-detection families lint test test-slow test-openmmlab test-browser docs docs-serve format clean

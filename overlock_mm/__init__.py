@@ -1,5 +1,6 @@
 """OverLoCK, a ConvNet backbone for dense prediction, as an OpenMMLab plugin."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,6 +22,11 @@ import_error: Exception | None = None
 
 _script, *_arguments = sys.argv or ['']
 _is_command = _script == '-m' or Path(_script).stem == 'overlock'
+if _is_command or 'OVERLOCK_MM_TOOL' in os.environ:
+    # read when torch is loaded: threads that wait leave the core to other processes soon,
+    # and large blocks of memory come in large pages
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+    os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 # `overlock doctor` must run where an import crashes the process
 if not _is_command or _arguments[:1] != ['doctor']:
     try:

@@ -1,11 +1,14 @@
-"""The message of all tools when a package is not installed.
+"""What all tools need before they import anything: settings, and a message without it.
 
 Python puts the folder of a script on its path, so every tool can import this module.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+os.environ['OVERLOCK_MM_TOOL'] = '1'  # see overlock_mm/__init__.py
 
 
 @contextmanager

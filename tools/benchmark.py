@@ -13,10 +13,6 @@ from pathlib import Path
 
 from _guard import installed
 
-# GNU OpenMP reads this when torch loads it. By its default, idle threads spin, which
-# slows everything down several times as soon as anything else runs on the machine.
-os.environ.setdefault('GOMP_SPINCOUNT', '20000')
-
 with installed():
     from overlock_mm.apis import benchmark
     from overlock_mm.apis.benchmark import options as inputs

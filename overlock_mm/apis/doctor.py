@@ -284,7 +284,7 @@ def _run(names: Sequence[str]) -> tuple[str, str]:
     command = [sys.executable, '-c', _CHILD, __file__, ' '.join(names), *map(str, sys.path)]
     pipes = dict(stdin=subprocess.DEVNULL, capture_output=True)
     # else idle threads of one process spin, and take the cores from the other
-    pipes['env'] = {'GOMP_SPINCOUNT': '20000', **os.environ}
+    pipes['env'] = {'GOMP_SPINCOUNT': '1000', **os.environ}
     try:
         done = subprocess.run(command, **pipes, timeout=_TIMEOUT)
         output, errors = (b.decode(errors='replace') for b in (done.stdout, done.stderr))

@@ -2,9 +2,6 @@
 
 The two sides take turns in one process, and what counts is the median of the ratios of
 the rounds: on a machine that others use too, a time alone says little.
-
-For times that mean something on such a machine, set ``GOMP_SPINCOUNT=20000`` before torch
-is imported, as ``tools/benchmark.py`` does: by default, idle OpenMP threads spin.
 """
 
 import json

@@ -130,7 +130,7 @@ def _memory_of_child(options: BenchmarkOptions, side: int) -> int | None:
     # By default the C library keeps freed blocks for later, which hides what the next
     # step takes. With these, blocks go back to the system as soon as they are free.
     small = dict.fromkeys(('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'), '65536')
-    env = {**os.environ, 'MALLOC_ARENA_MAX': '1', **small}
+    env = {**os.environ, 'MALLOC_ARENA_MAX': '1', 'THP_MEM_ALLOC_ENABLE': '0', **small}
     # the package that is imported here, wherever it is
     package = Path(__file__).parents[3]
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(package), env.get('PYTHONPATH')]))
