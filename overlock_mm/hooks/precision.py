@@ -1,6 +1,6 @@
 """Half precision on the CPU, for what gains by it."""
 
-import functools
+from functools import partial
 
 import torch
 from mmengine.hooks import Hook
@@ -68,13 +68,14 @@ def autocast(model: nn.Module, dtype: str) -> None:
             'has none; use float32'
         )
     for part in parts:
-        if hasattr(part.forward, 'dtype'):  # it was done before
+        if isinstance(part.forward, partial):  # it was done before
             continue
+        run = _autocast
         if isinstance(part, OverLoCK) and part.folded:
             part.to(DTYPES[dtype])  # once, and not in every call
-            part.forward = _cast(part.forward, DTYPES[dtype])
-        else:
-            part.forward = _autocast(part.forward, DTYPES[dtype])
+            run = _cast
+        # of a bound method, so that a copy of the model calls the copy
+        part.forward = partial(run, part.forward, DTYPES[dtype])
 
 
 def _parts(module: nn.Module):
@@ -86,25 +87,15 @@ def _parts(module: nn.Module):
             yield from _parts(child)
 
 
-def _cast(forward, dtype):
-    @functools.wraps(forward)
-    def run(images):
-        return tree_map_only(Tensor, Tensor.float, forward(images.to(dtype)))
-
-    run.dtype = dtype
-    return run
+def _cast(forward, dtype, images):
+    return tree_map_only(Tensor, Tensor.float, forward(images.to(dtype)))
 
 
-def _autocast(forward, dtype):
-    @functools.wraps(forward)
-    def run(*args, **kwargs):
-        tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-        with torch.autocast(next(tensors).device.type, dtype):
-            results = forward(*args, **kwargs)
-        return tree_map_only(Tensor, _in_float32, results)
-
-    run.dtype = dtype
-    return run
+def _autocast(forward, dtype, *args, **kwargs):
+    tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    with torch.autocast(next(tensors).device.type, dtype):
+        results = forward(*args, **kwargs)
+    return tree_map_only(Tensor, _in_float32, results)
 
 
 def _in_float32(value: Tensor) -> Tensor:

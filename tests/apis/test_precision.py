@@ -1,5 +1,7 @@
 """Half precision on the CPU: in prediction, in tests and in training."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_training(stock, toolbox, wrapper, usual, tmp_path, capsys):
     said = capsys.readouterr().out
     assert 'are in bfloat16, and losses are not scaled' in said
     assert ('are for a GPU' in said) == (not usual)
-    assert runner.model.backbone.forward.dtype == torch.bfloat16
+    assert runner.model.backbone.forward.args[1] == torch.bfloat16
     assert runner.model.backbone.patch_embed1[0].weight.dtype == torch.float32
     # what the run dumped trains in the same way
     cfg = Config.fromfile(next(tmp_path.glob('*.py')))
@@ -123,6 +125,19 @@ def test_gradients_are_near_those_of_float32():
     assert (grads[0] - grads[1]).norm() < 0.3 * grads[0].norm()
 
 
+def test_a_copy_of_a_model_has_its_own_weights():
+    model = torch.nn.ModuleDict(dict(backbone=tiny().eval()))
+    autocast(model, 'bfloat16')
+    other, x = copy.deepcopy(model), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model['backbone'](x)
+        for parameter in model.parameters():
+            parameter.zero_()
+        after = other['backbone'](x)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_cannot_be():
     with pytest.raises(UserError, match="AutocastHook: dtype='int8' is not one of"):
         AutocastHook('int8')
@@ -136,7 +151,7 @@ def test_models_in_models():
     student = torch.nn.ModuleDict(dict(backbone=OverLoCK('xt'), decode_head=heads))
     autocast(torch.nn.ModuleDict(dict(student=student)), 'bfloat16')
     for part in (student['backbone'], *heads):
-        assert part.forward.dtype == torch.bfloat16
+        assert part.forward.args[1] == torch.bfloat16
 
 
 def test_maps_for_roi_align_are_float32(models):
