@@ -204,7 +204,8 @@ def test_speed_is_that_of_the_measurements():
             name = re.match(r'\[(.*)\]', run)[1]
             measured[name] = ratio.split()[0], *map(float, ours_theirs.groups())
     runs = ['op-50x84', 'op-50x84-backward', 'backbone-reference']
-    runs += ['backbone-convnext_base', 'train-reference', 'train-convnext_base']
+    runs += ['backbone-convnext_base', 'backbone-convnext_base-1']
+    runs += ['train-reference', 'train-convnext_base']
     page = (ROOT / 'docs/performance.md').read_text()
     _, *rows = cells(page, 4)
     assert len(rows) == len(runs)
@@ -215,6 +216,11 @@ def test_speed_is_that_of_the_measurements():
     names = {'False': first, '(0,)': 'train-with_cp-0', '(0, 1)': 'train-with_cp-01'}
     names['True'] = 'train-with_cp-01234'
     rows = [row for row in cells(page, 3) if row[1].endswith('MiB')]
+    archs, rows = rows[: -len(names)], rows[-len(names) :]
+    for arch, memory, ratio in archs:
+        arch = arch.removeprefix('OverLoCK-').lower()
+        name = first if arch == 't' else f'train-{arch}-convnext_base'
+        assert (ratio, memory) == (measured[name][0], f'{measured[name][1]:.0f} MiB')
     assert [row[0].strip('`') for row in rows] == list(names)
     for option, memory, time in rows:
         ratio, ours, _ = measured[names[option.strip('`')]]
