@@ -1,9 +1,5 @@
 """Depth-wise convolution with fast gradients for large and dilated kernels."""
 
-import time
-import warnings
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -11,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .depthwise_choice import choose
 from .flops import counted_depthwise, counters
 from .modes import (
     autocast_dtype,
@@ -63,9 +60,9 @@ def depthwise_conv2d(
       magnitude slower than its forward pass. Here it is one more depth-wise
       convolution: the map is convolved with the gradient as the kernel. The gradient of
       the input is a convolution with the flipped kernel.
-    - On a GPU, Triton kernels and cuDNN are timed once for each shape, and the faster
-      one is used from then on. With ``torch.use_deterministic_algorithms`` it is always
-      cuDNN.
+    - On a GPU, Triton kernels and cuDNN are timed once for each kind of convolution, and
+      the faster one is used from then on: see ``set_depthwise_backend``. With
+      ``torch.use_deterministic_algorithms`` it is always cuDNN.
 
     Args:
         x: input, ``(N, C, H, W)``.
@@ -128,7 +125,7 @@ class _Depthwise(torch.autograd.Function):
     def forward(ctx, x, weight, bias, dilation):
         ctx.save_for_backward(x, weight)
         ctx.dilation = dilation
-        out = _op('forward', weight, x, weight, dilation)
+        out = _op('forward', weight, dilation, x, weight, dilation)
         return out if bias is None else out.add_(bias.view(-1, 1, 1))
 
     @staticmethod
@@ -142,18 +139,19 @@ class _Depthwise(torch.autograd.Function):
             grad_x, grad_weight = differentiable_gradients(conv, (x, weight), grad)
             return grad_x, grad_weight, grad_bias, None
         if for_x:
-            grad_x = _op('input_grad', weight, grad, weight, ctx.dilation)
+            grad_x = _op('input_grad', weight, ctx.dilation, grad, weight, ctx.dilation)
         if for_weight:
             k = weight.shape[-1]
-            grad_weight = _op('weight_grad', weight, x, grad, k, ctx.dilation)
+            args = x, grad, k, ctx.dilation
+            grad_weight = _op('weight_grad', weight, ctx.dilation, *args)
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
-def _op(name, weight, *args):
+def _op(name, weight, dilation, *args):
     if weight.device.type == 'cpu':
         return _ON_CPU[name](*args)
-    return _fastest_on_gpu(name, weight, args)(*args)
+    return choose(name, _BY_TORCH[name], args, weight, dilation)(*args)
 
 
 def _forward_on_cpu(x, weight, dilation):
@@ -215,41 +213,3 @@ _BY_TORCH = {
     'input_grad': _input_grad_by_torch,
     'weight_grad': _weight_grad_by_torch,
 }
-# The fastest implementation on a GPU, by operation, shapes, dtypes and device.
-_fastest: dict[tuple, Callable] = {}
-
-
-def _fastest_on_gpu(name, weight, args):
-    """Return cuDNN's or Triton's implementation, timed at the first call for a shape."""
-    case = (
-        name,
-        *((a.shape, a.dtype, a.device) if torch.is_tensor(a) else a for a in args),
-    )
-    if case in _fastest:
-        return _fastest[case]
-    by_torch = _BY_TORCH[name]
-    if torch.cuda.is_current_stream_capturing():
-        return by_torch  # nothing can be timed while a CUDA graph is captured
-    _fastest[case] = by_torch
-    with suppress(ImportError):
-        from . import depthwise_triton
-
-        if not depthwise_triton.unsupported(args[0], weight):
-            by_triton = getattr(depthwise_triton, name)
-            try:
-                if _seconds(by_triton, args) < _seconds(by_torch, args):
-                    _fastest[case] = by_triton
-            except Exception as e:  # a GPU or a driver that Triton cannot compile for
-                warnings.warn(f'Triton failed and cuDNN is used instead: {e}', stacklevel=2)
-    return _fastest[case]
-
-
-def _seconds(run, args):
-    times = []
-    for _ in range(4):  # the first compiles or plans
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run(*args)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
