@@ -5,7 +5,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT ?= 1000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup demo demo-detection families lint test test-slow test-openmmlab test-browser docs docs-serve format clean
+.PHONY: gpu setup demo demo-detection families lint test test-slow test-openmmlab test-browser docs docs-serve format clean
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -43,6 +43,10 @@ test-browser: setup
 	@command -v chromium > /dev/null || { echo "Chromium is not installed; run: apt-get install chromium"; exit 1; }
 	@command -v npm > /dev/null || { echo "npm is not installed; it comes with Node.js"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/apis/test_serve_browser.py tests/examples
+
+# What needs a GPU; torch, timm, pytest and this package are enough.
+gpu:
+	python -m pytest --noconftest -m gpu tests/gpu
 
 # The documentation as a site in site/; a broken link is an error.
 docs: setup

@@ -40,14 +40,14 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         ``(N, O, H, W)``.
     """
     if (
-        x.device.type == 'cpu'
+        not (needs_plain_ops() or counters())
+        and x.device.type == 'cpu'
         and x.dtype == weight.dtype == torch.float32
         and torch.get_num_threads() == 1
         and x.numel()
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and autocast_dtype('cpu') is None
         and onednn_takes(x)
-        and not (needs_plain_ops() or counters())
     ):
         return torch.mkldnn_convolution(x, weight, bias, (0, 0), (1, 1), (1, 1), 1)
     return F.conv2d(x, weight, bias)
