@@ -1,7 +1,7 @@
 # make demo, make demo-detection, make test, make test-openmmlab: each installs what it needs first.
 PYTHON ?= python3
 BIN := .venv/bin
-# On a shared machine OpenMP's threads lose whole time slices spinning at barriers.
+# On a shared machine, threads of OpenMP that wait should leave their core soon.
 export GOMP_SPINCOUNT ?= 1000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -92,8 +92,8 @@ def _cast(forward, dtype, images):
 
 
 def _autocast(forward, dtype, *args, **kwargs):
-    tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-    with torch.autocast(next(tensors).device.type, dtype):
+    devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    with torch.autocast(next(iter(devices), 'cpu'), dtype):
         results = forward(*args, **kwargs)
     return tree_map_only(Tensor, _in_float32, results)
 

@@ -404,3 +404,22 @@ def test_swap_backbone(call, fails, tmp_path):
     assert 'pspnet' not in out.read_text()
     call('swap_backbone.py', dilated, '--keep-strides', *again)
     assert Config.fromfile(out).model.neck.scales == [2, 4]
+
+
+@pytest.mark.parametrize(
+    'code, expected',
+    [
+        ('import _guard, overlock_mm', "'1000' '1'"),  # a tool
+        ("sys.argv = ['overlock']; import overlock_mm", "'1000' '1'"),
+        ('import overlock_mm', 'None None'),  # a program of somebody else
+        ("os.environ['GOMP_SPINCOUNT'] = '7'; import _guard, overlock_mm", "'7' '1'"),
+    ],
+)
+def test_settings_of_a_process(code, expected, monkeypatch, tmp_path):
+    for name in ('GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE', 'OVERLOCK_MM_TOOL'):
+        monkeypatch.delenv(name, raising=False)
+    show = 'get = os.environ.get; print(repr(get("GOMP_SPINCOUNT")), '
+    show += 'repr(get("THP_MEM_ALLOC_ENABLE")))'
+    paths = f'import os, sys; sys.path.insert(0, {str(ROOT / "tools")!r}); '
+    printed = run([sys.executable, '-c', f'{paths}{code}; {show}'], tmp_path).stdout
+    assert printed.strip() == expected
